@@ -1,0 +1,1 @@
+"""Reference cases: reading them, comparing with them, replaying them through built engines."""

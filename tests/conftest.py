@@ -1,0 +1,7 @@
+"""Shared fixtures: where the reference cases lie."""
+
+from pathlib import Path
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+UNDERSTANDING = GOLDEN / "understanding"
+GENERATION = GOLDEN / "generation"
