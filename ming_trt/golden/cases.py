@@ -41,7 +41,9 @@ class Cases:
         try:
             self.index = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"no cases.json in '{folder}': give the folder that holds cases.json and cases.npz") from None
+            raise ConfigError(
+                f"no cases.json in '{folder}': give the folder that holds cases.json and cases.npz"
+            ) from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"'{path}' is not JSON ({error}): copy the folder again") from None
 
@@ -72,7 +74,9 @@ class Cases:
     def tolerance(self, name: str) -> float:
         """Absolute tolerance in float32, as the cases state it; 0 where they say exact."""
         entry = self.arrays[name]
-        return 0.0 if entry.get("exact") else float(entry["suggested_atol_float32"])
+        if entry.get("exact"):
+            return 0.0
+        return float(entry["suggested_atol_float32" if "suggested_atol_float32" in entry else "suggested_atol"])
 
     def compare(self, name: str, got: npt.ArrayLike, tolerance: float | None = None) -> Comparison:
         """Compares `got` with the stored output; a different shape or a value that is not finite fails."""
