@@ -20,7 +20,7 @@ from ming_trt.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One array against its reference. `max_abs` and `max_rel` are over the compared elements; `tolerance` is absolute (0 = exact)."""
+    """One array against its reference, over the elements compared; `tolerance` is absolute (0 = exact)."""
 
     name: str
     compared: int
@@ -104,6 +104,5 @@ class Cases:
         """For tests: raises `AssertionError` with the numbers unless `compare` passes."""
         result = self.compare(name, got, tolerance)
         if not result.passed:
-            raise AssertionError(
-                f"{name}: max abs {result.max_abs:.3g} > {result.tolerance:.3g} over {result.compared} elements {result.note}"
-            )
+            over = f"{result.max_abs:.3g} > {result.tolerance:.3g} over {result.compared} elements"
+            raise AssertionError(f"{name}: max abs {over} {result.note}")
