@@ -1,0 +1,45 @@
+"""Two partial checkpoints become one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ming_trt.errors import CheckpointError
+from ming_trt.golden.overlay import overlay
+
+
+def make(folder: Path, tensors: dict[str, float], config: str, extra: str) -> Path:
+    (folder / extra).mkdir(parents=True)
+    save_file({k: np.full(2, v, np.float32) for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config)
+    (folder / extra / "x.json").write_text(extra)
+    return folder
+
+
+def test_same_shard_name_different_tensors_and_the_later_wins(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", {"model.w": 1, "shared": 1}, "first", "vae")
+    b = make(tmp_path / "b", {"talker.w": 2, "shared": 2}, "second", "talker")
+    merged = overlay([a, b], tmp_path / "m")
+    weight_map = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map) == {"model.w", "talker.w", "shared"}
+    assert (merged / weight_map["shared"]).resolve() == (b / "model.safetensors").resolve()
+    assert (merged / weight_map["model.w"]).resolve() == (a / "model.safetensors").resolve()
+    assert (merged / "config.json").read_text() == "second"
+    assert (merged / "vae" / "x.json").exists() and (merged / "talker" / "x.json").exists()
+
+
+def test_a_single_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", {"w": 1}, "", "vae")
+    assert overlay([a], tmp_path / "m") == a and not (tmp_path / "m").exists()
+
+
+def test_missing_and_damaged(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", {"w": 1}, "", "vae")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        overlay([a, tmp_path / "none"], tmp_path / "m")
+    (a / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        overlay([a, a], tmp_path / "m2")
