@@ -53,5 +53,5 @@ def test_exact_means_exact(cases: Cases) -> None:
 
 
 def test_a_folder_without_cases(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cases.json"):
+    with pytest.raises(ConfigError, match=r"cases\.json"):
         Cases(tmp_path)
