@@ -40,7 +40,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class StepEntry:
-    """A step of the build: `outcome` is OK or SKIPPED (with `reason`); `key` its content key; `files` relative to the bundle."""
+    """A step of the build: `outcome` is OK or SKIPPED (with `reason`), `key` its content key, `files` what it wrote."""
 
     outcome: str
     key: str = ""
@@ -72,8 +72,8 @@ class ComponentEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` holds. `checkpoint` maps weight files to their digest and size; `model` names the model and its
-    architecture; `versions` the tools that made the bundle; `preset` is the preset with all overrides applied."""
+    """What `manifest.json` holds. `checkpoint` maps weight files to their digest and size; `model` names the model and
+    its architecture; `versions` the tools that made the bundle; `preset` is the preset with all overrides applied."""
 
     model: Mapping[str, Any]
     target: str
@@ -179,7 +179,7 @@ class Bundle:
             data = json.loads(file.read_text("utf-8"))
         except FileNotFoundError:
             raise BundleError(
-                f"'{folder}' has no {MANIFEST}: its build did not finish; run `ming-trt build` again with the same options"
+                f"'{folder}' has no {MANIFEST}: its build did not finish; run `ming-trt build` again the same way"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BundleError(f"'{file}' is damaged ({error}): run `ming-trt build` again") from None
@@ -189,15 +189,11 @@ class Bundle:
         if isinstance(schema, int) and schema > SCHEMA:
             raise BundleError(f"'{file}' has schema {schema}, and this ming-trt reads up to {SCHEMA}: update ming-trt")
         if schema != SCHEMA:
-            raise BundleError(
-                f"'{file}' has schema {schema!r}, and this ming-trt reads {SCHEMA}: build the bundle again"
-            )
+            raise BundleError(f"'{file}' has schema {schema!r}, and this ming-trt reads {SCHEMA}: build it again")
         try:
             manifest = Manifest.from_dict(data)
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise BundleError(
-                f"'{file}' is damaged ({type(error).__name__}: {error}): build the bundle again"
-            ) from None
+            raise BundleError(f"'{file}' is damaged ({type(error).__name__}: {error}): build it again") from None
         bundle = cls(folder, manifest)
         for problem in bundle._problems_by_size():
             raise BundleError(f"bundle '{folder}' is damaged: {problem}; build it again")
@@ -231,7 +227,7 @@ class Bundle:
         return self.path / self.component(name).model
 
     def check(self) -> list[str]:
-        """Compares every file with its digest, and looks for files the manifest does not know. One sentence per problem."""
+        """Compares every file with its digest and looks for files that the manifest lacks. One sentence per problem."""
         problems = list(self._problems_by_size())
         bad = {problem.split("'")[1] for problem in problems}
         for name, entry in sorted(self.manifest.files.items()):

@@ -54,8 +54,8 @@ def parse_size(text: str | int, what: str = "size") -> int:
 class Profile:
     """Limits of a request. A request above one of them is refused with a sentence, not cut.
 
-    `max_seq_len` tokens of prompt and answer together; `slots` requests that decode together; `prefill_chunk` tokens of one
-    prefill step; `max_image_tokens` LLM rows of all images and videos of a request (four patches each);
+    `max_seq_len` tokens of prompt and answer together; `slots` requests that decode together; `prefill_chunk` tokens of
+    one prefill step; `max_image_tokens` LLM rows of all images and videos of a request (four patches each);
     `max_audio_frames` mel frames (10 ms) of one clip.
     """
 
@@ -80,8 +80,8 @@ class Profile:
 class Thresholds:
     """What an engine's output must reach against its torch definition to pass the gate.
 
-    `max_relative` = largest absolute difference over the reference's largest magnitude; `min_cosine` over the whole output;
-    `min_sqnr_db` = 10·log10(signal power / error power), decibels.
+    `max_relative` = largest absolute difference over the reference's largest magnitude; `min_cosine` over the whole
+    output; `min_sqnr_db` = 10·log10(signal power / error power), decibels.
     """
 
     max_relative: float
@@ -153,7 +153,7 @@ class Preset:
         return self.gate.get(component) or self.gate.get(precision) or DEFAULT_THRESHOLDS[precision]
 
     def with_options(self, *, target: str | None = None, precision: str | None = None) -> Preset:
-        """A copy with the command line's options: `precision` is one name, or `COMPONENT=NAME` pairs joined by commas."""
+        """A copy with the command line's options: `precision` is a name, or `COMPONENT=NAME` pairs joined by commas."""
         merged: dict[str, str] = dict(self.precision)
         for part in (precision or "").split(",") if precision else ():
             component, _, value = part.strip().rpartition("=")
@@ -169,7 +169,7 @@ class Preset:
 
 
 def from_dict(data: Mapping[str, Any], name: str) -> Preset:
-    """A preset from parsed TOML or from a manifest. Raises `ConfigError`: an unknown key is named with its nearest neighbour."""
+    """A preset from parsed TOML or a manifest. Raises `ConfigError`; an unknown key is named with its nearest one."""
     known = [each.name for each in fields(Preset)]
     _check_keys(data, known, f"preset '{name}'")
     values: dict[str, Any] = dict(data)
