@@ -12,7 +12,7 @@ import math
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,24 +57,42 @@ class TensorInfo:
 
 class Checkpoint:
     """The tensors of `root/subfolder` (sharded with an index, or one file; official or diffusers file names).
+    A `.pt` file counts as a folder of its tensors: `talker/hift_v2.pt/conv_pre.bias`.
 
     Raises `CheckpointError` at once if a shard is missing, malformed or shorter than its header says. All names are
-    sorted. Safe to share between threads: there is no state but the headers.
+    sorted. Safe to share between threads: there is no state but the headers. A tensor of a folder below
+    is named with its folder, `connector/model.norm.weight`; `names` lists this folder's own.
     """
 
     def __init__(self, root: Path, subfolder: str = "") -> None:
         self.root = Path(root)
         self.folder = self.root / subfolder if subfolder else self.root
-        if not self.folder.is_dir():
+        if self.folder.suffix == ".pt":
+            from ming_trt.torch_file import state_dict
+
+            self._tensors = dict(sorted(state_dict(self.folder).items()))
+        elif not self.folder.is_dir():
             raise CheckpointError(f"checkpoint folder '{self.folder}' does not exist: give the folder of the download")
-        self._tensors = dict(sorted(_open_folder(self.folder).items()))
+        else:
+            self._tensors = dict(sorted(_open_folder(self.folder).items()))
+        self._parts: dict[str, Checkpoint] = {}
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all tensors that start with `prefix`, sorted."""
         return [name for name in self._tensors if name.startswith(prefix)]
 
     def __contains__(self, name: object) -> bool:
+        subfolder, _, rest = str(name).rpartition("/")
+        if subfolder:
+            path = self.folder / subfolder
+            return (path.is_dir() or (path.suffix == ".pt" and path.is_file())) and rest in self.part(subfolder)
         return name in self._tensors
+
+    def part(self, subfolder: str) -> Checkpoint:
+        """The tensors of a folder below this one, opened once; known to this one as `subfolder/name`."""
+        if subfolder not in self._parts:
+            self._parts[subfolder] = Checkpoint(self.folder, subfolder)
+        return self._parts[subfolder]
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -86,6 +104,9 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and place of a tensor. Raises `CheckpointError` if there is none of that name."""
+        subfolder, _, rest = name.rpartition("/")
+        if subfolder:
+            return replace(self.part(subfolder).info(rest), name=name)
         info = self._tensors.get(name)
         if info is None:
             raise CheckpointError(f"tensor '{name}' is not in '{self.folder}' ({self._nearest(name)})")

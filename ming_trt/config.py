@@ -156,19 +156,21 @@ class AudioConfig:
 
 @dataclass(frozen=True, slots=True)
 class MingConfig:
-    """Everything that the understanding path needs to know of a checkpoint, and the raw file."""
+    """Everything that the understanding path needs to know of a checkpoint, the raw file, and the folder it came from
+    (generation components read their own configuration files there)."""
 
     llm: LLMConfig
     vision: VisionConfig
     audio: AudioConfig
     tokens: TokenIds
     raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
+    folder: Path = field(compare=False, default=Path())
 
 
 _T = TypeVar("_T", int, float, bool)
 
 
-class _Section:
+class Section:
     """A JSON object with checked access; errors name the key as a path."""
 
     def __init__(self, values: Any, name: str, file: Path) -> None:
@@ -225,18 +227,20 @@ def load_config(folder: Path) -> MingConfig:
     """
     folder = Path(folder)
     file = folder / "config.json"
-    root = _Section(_read_json(file), "config", file)
+    root = Section(read_json(file), "config", file)
     root.refuse("mlp_depth", 2)
     return MingConfig(
-        llm=_llm(_Section(root.values.get("llm_config"), "llm_config", file)),
-        vision=_vision(_Section(root.values.get("vision_config"), "vision_config", file)),
+        llm=_llm(Section(root.values.get("llm_config"), "llm_config", file)),
+        vision=_vision(Section(root.values.get("vision_config"), "vision_config", file)),
         audio=_audio(root),
-        tokens=_tokens(_Section(root.values.get("llm_config"), "llm_config", file), folder),
+        tokens=_tokens(Section(root.values.get("llm_config"), "llm_config", file), folder),
         raw=root.values,
+        folder=folder,
     )
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises `ConfigError` if it is missing or is not JSON."""
     try:
         return json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -247,7 +251,7 @@ def _read_json(file: Path) -> Any:
         raise ConfigError(f"'{file}' cannot be read as JSON ({error}): download it again") from None
 
 
-def _llm(section: _Section) -> LLMConfig:
+def _llm(section: Section) -> LLMConfig:
     for key, supported in (
         ("hidden_act", "silu"),
         ("first_k_dense_replace", 0),
@@ -290,7 +294,7 @@ def _llm(section: _Section) -> LLMConfig:
     )
 
 
-def _rope(section: _Section, head_dim: int) -> tuple[str, tuple[int, int, int]]:
+def _rope(section: Section, head_dim: int) -> tuple[str, tuple[int, int, int]]:
     """Kind and sections. The sections are not a setting officially: a quarter of the frequencies is time, the rest is
     halved (16, 24, 24 for the official 64)."""
     scaling = section.values.get("rope_scaling") or {}
@@ -310,7 +314,7 @@ def _rope(section: _Section, head_dim: int) -> tuple[str, tuple[int, int, int]]:
     return kind, (quarter, space, space)
 
 
-def _vision(section: _Section) -> VisionConfig:
+def _vision(section: Section) -> VisionConfig:
     section.refuse("hidden_act", "silu")
     hidden, heads = section.count("hidden_size"), section.count("num_heads")
     if hidden % heads or hidden // heads % 4:
@@ -341,22 +345,22 @@ def _vision(section: _Section) -> VisionConfig:
     return config
 
 
-def _audio(root: _Section) -> AudioConfig:
+def _audio(root: Section) -> AudioConfig:
     """The tower's settings stand in `audio_config` or, in some releases of the file, only in `whisper_config`."""
     candidates = [root.values.get(name) for name in ("audio_config", "whisper_config")]
     homes: list[Mapping[str, Any]] = [home for home in candidates if isinstance(home, Mapping)]
     whisper = next((h["whisper_encoder_config"] for h in homes if h.get("whisper_encoder_config")), _OFFICIAL_WHISPER)
-    section = _Section(whisper, "whisper_encoder_config", root.file)
+    section = Section(whisper, "whisper_encoder_config", root.file)
     # The conversion of mel frames to tokens (two halvings) is fixed in the processor, so the projector must agree.
     # `whisper_config` decides: `audio_config.ds_stride` belonged to an older feature extractor in some releases.
     for home in reversed(homes):
-        projector = _Section(home, "audio_config", root.file)
+        projector = Section(home, "audio_config", root.file)
         if "ds_stride" in home or "ds_kernel_size" in home:
             projector.refuse("ds_stride", 2)
             projector.refuse("ds_kernel_size", 3)
             break
     audio = root.values.get("audio_config")
-    normalize = _Section(audio if isinstance(audio, Mapping) else {}, "audio_config", root.file).flag(
+    normalize = Section(audio if isinstance(audio, Mapping) else {}, "audio_config", root.file).flag(
         "norm_query_embeds", True
     )
     state, heads = section.count("n_state"), section.count("n_head")
@@ -372,7 +376,7 @@ def _audio(root: _Section) -> AudioConfig:
     )
 
 
-def _tokens(section: _Section, folder: Path) -> TokenIds:
+def _tokens(section: Section, folder: Path) -> TokenIds:
     vocabulary = section.count("vocab_size")
     known = _added_tokens(folder)
 
@@ -405,12 +409,12 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     """Text -> id of the added tokens, from `tokenizer.json`, else `tokenizer_config.json`, else empty."""
     file = folder / "tokenizer.json"
     if file.exists():
-        values = _read_json(file)
+        values = read_json(file)
         added = values.get("added_tokens", []) if isinstance(values, Mapping) else []
         return {token["content"]: token["id"] for token in added}
     file = folder / "tokenizer_config.json"
     if file.exists():
-        values = _read_json(file)
+        values = read_json(file)
         decoder = values.get("added_tokens_decoder", {}) if isinstance(values, Mapping) else {}
         return {token["content"]: int(number) for number, token in decoder.items()}
     return {}
