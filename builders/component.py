@@ -35,6 +35,11 @@ class ExportOptions:
     target: str = "onnxruntime"
     precision: str = "fp32"
 
+    @property
+    def float_precision(self) -> str:
+        """The type of activations and of weights that are not quantised: "fp32", "fp16" or "bf16"."""
+        return self.precision if self.precision in ("fp16", "bf16") else "fp32"
+
 
 class Component(Protocol):
     """An engine: where its weights come from, how it becomes a graph, and how it is checked."""

@@ -2,12 +2,13 @@
 
 The module is built on the `meta` device, so an export costs no memory for weights and depends on the configuration
 alone. Its parameters become initializers of the same name without a value; `bind_weights` gives them lazily read
-checkpoint tensors; `save` writes them one part at a time.
+checkpoint tensors; `save` writes them one piece at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import shutil
@@ -24,7 +25,7 @@ import onnxscript.optimizer
 import torch
 
 from builders.names import canonical_names
-from builders.tensors import PARTS, StreamedTensor, bound, drop_unused, streamed
+from builders.tensors import Pieces, StreamedTensor, bound, drop_unused, streamed
 from ming_trt.errors import BuildError
 
 OPSET = 24
@@ -47,8 +48,8 @@ def export_graph(
 ) -> ir.Model:
     """Exports `module` (parameters on `meta`) at opset 24; parameters become initializers without a value.
 
-    `example_inputs` are meta tensors by the names of `forward`'s arguments, which become the names of the graph's
-    inputs, in that order; `dynamic_shapes` names the dynamic axes of each. `translations` maps custom torch operators
+    `example_inputs` are meta tensors in the order of `forward`'s arguments, by the names that the graph's inputs get;
+    `dynamic_shapes` names the dynamic axes of each. `translations` maps custom torch operators
     to functions that emit ONNX nodes. Raises `BuildError` if the module holds a real weight, or makes a constant from
     one that is not there.
     """
@@ -60,13 +61,12 @@ def export_graph(
     with _quiet():
         program = torch.onnx.export(
             module,
-            (),
-            kwargs=dict(example_inputs),
+            tuple(example_inputs.values()),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(example_inputs),
             output_names=list(output_names),
-            dynamic_shapes={name: dict(dynamic_shapes.get(name, {})) for name in example_inputs},
+            dynamic_shapes=_shapes_by_argument(module, list(example_inputs), dynamic_shapes),
             custom_translation_table=dict(translations or {}),
             optimize=False,
             verbose=False,
@@ -93,6 +93,20 @@ def export_graph(
     return model
 
 
+def _shapes_by_argument(
+    module: torch.nn.Module, names: Sequence[str], dynamic_shapes: Mapping[str, Mapping[int, str]]
+) -> dict[str, Any]:
+    """The dynamic axes by argument, those of `*args` as one tuple, as torch wants them."""
+    shapes: dict[str, Any] = {}
+    left = [dict(dynamic_shapes.get(name, {})) for name in names]
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            shapes[name], left = tuple(left), []
+        elif left:
+            shapes[name] = left.pop(0)
+    return shapes
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's chatter (absent torchvision, skipped deduplication of initializers without value) is not news."""
@@ -109,7 +123,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def bind_weights(model: ir.Model, weights: Mapping[str, PARTS]) -> None:
+def bind_weights(model: ir.Model, weights: Mapping[str, Pieces]) -> None:
     """Gives each initializer without a value the stream of that name; dtype and shape are checked when it is written.
 
     Raises `BuildError` naming an initializer that no stream serves.
@@ -138,13 +152,11 @@ def _fold_transposes(model: ir.Model) -> None:
             or source.name not in graph.initializers
         ):
             continue
-        if source.shape is None or len(source.shape) != 2 or node.attributes.get_ints("perm", [1, 0]) != [1, 0]:
+        if source.shape is None or len(source.shape) != 2 or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
             continue
         original = streamed(source)
         rows, columns = original.shape.numpy()
-        transposed = StreamedTensor(
-            f"{source.name}_T", lambda original=original: [original.numpy().T], original.dtype, (columns, rows)
-        )
+        transposed = StreamedTensor(f"{source.name}_T", _transposed(original), original.dtype, (columns, rows))
         value = bound(graph, transposed)
         value.meta["transposed_from"] = original
         ir.convenience.replace_all_uses_with(node.outputs[0], value)
@@ -152,10 +164,14 @@ def _fold_transposes(model: ir.Model) -> None:
         drop_unused(graph, [source])
 
 
+def _transposed(original: StreamedTensor) -> Pieces:
+    return lambda: [original.numpy().T]
+
+
 def save(model: ir.Model, folder: Path) -> None:
     """Writes `folder/model.onnx` and `folder/model.onnx.data`; the first appears only when both are whole.
 
-    Peak memory is one part of one weight. Raises `BuildError` if an initializer has no value.
+    Peak memory is one piece of one weight. Raises `BuildError` if an initializer has no value.
     """
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

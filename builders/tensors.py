@@ -1,73 +1,102 @@
-"""Weights as streams: tensors of an ONNX graph that are read, converted and written one part at a time."""
+"""Weights as streams: tensors of an ONNX graph that are read, converted and written one piece at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from ming_trt.errors import BuildError
 
+if TYPE_CHECKING:
+    from ming_trt.checkpoint import Checkpoint
+    from ming_trt.models.weights import WeightSource
+
 Array = npt.NDArray[Any]
-PARTS = Callable[[], Iterable[Array]]
+Pieces = Callable[[], Iterable[Array]]
 
 DTYPES: dict[str, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class StreamedTensor(ir.LazyTensor):
-    """A tensor made of parts that follow each other along axis 0; nothing is read before it is written.
+    """A tensor whose bytes come in pieces; nothing is read before it is written.
 
-    `parts` gives a fresh iterator of arrays on each call. Only one part is held while the tensor is written, so the
-    memory for a stack of experts is that of one expert.
+    `pieces` gives a fresh iterator of arrays on each call; their flattened concatenation is the flattened tensor. Only
+    one piece is held while the tensor is written, so the memory for a stack of experts is that of one matrix.
     """
 
-    def __init__(self, name: str, parts: PARTS, dtype: ir.DataType, shape: Sequence[int]) -> None:
+    def __init__(self, name: str, pieces: Pieces, dtype: ir.DataType, shape: Sequence[int]) -> None:
         super().__init__(self._whole, dtype=dtype, shape=ir.Shape(shape), name=name)
-        self.parts = parts
+        self.pieces = pieces
 
     def __repr__(self) -> str:
         return f"StreamedTensor({self.name!r}, {self.dtype.name}{list(self.shape)})"
 
-    def _checked(self) -> Iterator[Array]:
-        dims, expected, rows = tuple(self.shape.numpy()), self.dtype.numpy(), 0
-        for part in self.parts():
-            if part.dtype != expected or part.shape[1:] != dims[1:]:
-                raise BuildError(
-                    f"part of '{self.name}' is {part.dtype}{list(part.shape)}, but the graph declares {expected}{list(dims)}"
-                )
-            rows += part.shape[0] if part.ndim else 1
-            yield np.ascontiguousarray(part)
-        if rows != (dims[0] if dims else 1):
-            raise BuildError(f"'{self.name}' has {rows} rows, but the graph declares {list(dims)}")
+    def checked_pieces(self) -> Iterator[Array]:
+        """The pieces, contiguous. Raises `BuildError` if their type or the count of their elements is not declared."""
+        dims, expected, count = self.shape.numpy(), self.dtype.numpy(), 0
+        for piece in self.pieces():
+            if piece.dtype != expected:
+                raise BuildError(f"'{self.name}' came as {piece.dtype}, but the graph declares {expected}")
+            count += piece.size
+            yield np.ascontiguousarray(piece)
+        if count != math.prod(dims):
+            raise BuildError(f"'{self.name}' came with {count} elements, but the graph declares {list(dims)}")
+
+    def rows(self) -> Iterator[Array]:
+        """The entries along axis 0 one by one, each of shape `shape[1:]`, whatever the pieces are."""
+        shape = self.shape.numpy()[1:]
+        size, held, pending = math.prod(shape), 0, list[Array]()
+        for piece in self.checked_pieces():
+            flat = piece.reshape(-1)
+            while held + flat.size >= size:
+                pending.append(flat[: size - held])
+                flat = flat[size - held :]
+                yield np.concatenate(pending).reshape(shape)
+                held, pending = 0, []
+            if flat.size:
+                pending.append(flat)
+                held += flat.size
 
     def _whole(self) -> ir.TensorProtocol:
-        parts = list(self._checked())
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return ir.Tensor(whole, dtype=self.dtype, shape=self.shape, name=self.name)
+        whole = np.concatenate([piece.reshape(-1) for piece in self.checked_pieces()])
+        return ir.Tensor(whole.reshape(self.shape.numpy()), dtype=self.dtype, shape=self.shape, name=self.name)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Writes the parts one after the other."""
-        for part in self._checked():
-            file.write(part.reshape(-1).view(np.uint8).data)
+        """Writes the pieces one after the other."""
+        for piece in self.checked_pieces():
+            file.write(piece.reshape(-1).view(np.uint8).data)
 
-    def map(
-        self, name: str, change: Callable[[Array], Array], shape: Sequence[int], dtype: ir.DataType | None = None
-    ) -> StreamedTensor:
-        """A tensor whose parts are `change` of this one's parts; `change` must keep axis 0 independent of the rest."""
-        return StreamedTensor(name, lambda: map(change, self.parts()), dtype or self.dtype, shape)
+
+def weight_pieces(source: WeightSource, checkpoint: Checkpoint, precision: str = "fp32") -> Pieces:
+    """The stream of a checkpoint source, converted to `precision`."""
+    dtype = TORCH_DTYPES[precision]
+
+    def pieces() -> Iterator[Array]:
+        for piece in source.pieces(checkpoint, dtype):
+            # numpy has no bfloat16 of its own: the same bits under the type that onnx uses
+            yield piece.view(torch.uint16).numpy().view(BFLOAT16) if dtype is torch.bfloat16 else piece.numpy()
+
+    return pieces
+
+
+def weight_streams(
+    sources: Mapping[str, WeightSource], checkpoint: Checkpoint, precision: str = "fp32"
+) -> dict[str, Pieces]:
+    """`weight_pieces` of a whole weight map."""
+    return {name: weight_pieces(source, checkpoint, precision) for name, source in sources.items()}
 
 
 def streamed(value: ir.Value) -> StreamedTensor:

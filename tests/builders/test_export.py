@@ -126,7 +126,7 @@ def test_missing_and_wrong_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="has no value"):
         save(export_toy(), tmp_path)
     weights = {name: value.detach().numpy() for name, value in Toy().named_parameters()}
-    for wrong, message in ((np.zeros((9, 8), np.float32), "9 rows"), (np.zeros((10, 8)), "float64")):
+    for wrong, message in ((np.zeros((9, 8), np.float32), "72 elements"), (np.zeros((10, 8)), "float64")):
         model = export_toy()
         bad = weights | {"embed.weight": wrong}
         bind_weights(model, {name: (lambda value=value: [value]) for name, value in bad.items()})
@@ -135,15 +135,15 @@ def test_missing_and_wrong_weights_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / MODEL_FILE).exists() and list(tmp_path.iterdir()) == []
 
 
-def test_memory_is_bounded_by_one_part(tmp_path: Path) -> None:
-    """A 256 MB stack of 1 MB parts is written with less than 64 MB of new memory."""
+def test_memory_is_bounded_by_one_piece(tmp_path: Path) -> None:
+    """A 256 MB stack of 1 MB pieces is written with less than 64 MB of new memory."""
 
-    def parts():  # type: ignore[no-untyped-def]
+    def pieces():  # type: ignore[no-untyped-def]
         for _ in range(256):
             yield np.ones((1, 256, 1024), np.float32)
 
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
-    weight = StreamedTensor("w", parts, ir.DataType.FLOAT, (256, 256, 1024))
+    weight = StreamedTensor("w", pieces, ir.DataType.FLOAT, (256, 256, 1024))
     value = ir.Value(name="w", shape=weight.shape, type=ir.TensorType(weight.dtype), const_value=weight)
     node = ir.node("Mul", [x, value])
     node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", ir.DataType.FLOAT, weight.shape
