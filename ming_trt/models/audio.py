@@ -1,7 +1,7 @@
 """The audio encoder: a Whisper-shaped tower without the 30 second rule, and its projector.
 
-`forward` is the engine contract `audio_encoder` of docs/DESIGN.md, section 4.1: one clip per call, since in the official
-model the results of clips batched together depend on their padding.
+`forward` is the engine contract `audio_encoder` of docs/DESIGN.md, section 4.1: one clip per call, since in the
+official model the results of clips batched together depend on their padding.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class AudioEncoder(nn.Module):
         return self.ln_post(x)
 
     def project(self, tower: torch.Tensor) -> torch.Tensor:
-        """Tower rows [1, n, n_state] -> rows [ceil(n / 2), H], of unit length unless the configuration says otherwise."""
+        """Tower rows [1, n, n_state] -> rows [ceil(n / 2), H], of unit length if the configuration says so."""
         rows = self.linear_proj_audio(tower).squeeze(0)
         return functional.normalize(rows, dim=-1) if self.config.normalize_rows else rows
 

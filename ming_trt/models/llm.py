@@ -109,7 +109,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus a shared one. The router of a token is chosen by its modality code before softmax and top-k."""
+    """Routed experts plus a shared one. A token's router is chosen by its modality code, before softmax and top-k."""
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()

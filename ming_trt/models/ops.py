@@ -68,7 +68,7 @@ def sparse_moe(
     """See the module's docstring."""
     experts, weights = route(router_logits, top_k, normalize)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in experts.unique().tolist():
+    for expert in torch.unique(experts).tolist():
         token, place = (experts == expert).nonzero(as_tuple=True)
         gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         out = functional.linear(functional.silu(gate) * up, down[expert])

@@ -21,11 +21,9 @@ from ming_trt.config import ROPE_3D, ROPE_VIDEO
 TIME, HEIGHT, WIDTH = 0, 1, 2
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> list[float]:
-    """`theta^(-2j / head_dim)` for j = 0 .. head_dim / 2 - 1, each rounded to float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    values: list[float] = (1.0 / theta**exponents).tolist()
-    return values
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
+    """`theta^(-2j / head_dim)` for j = 0 .. head_dim / 2 - 1, float32. Arithmetic only: can be part of a graph."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
 def frequency_axes(kind: str, sections: Sequence[int]) -> list[int]:
@@ -43,19 +41,19 @@ def cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables float32 [B, S, head_dim / 2] for `position_ids` [3, B, S]."""
     axes = torch.tensor(frequency_axes(kind, sections), device=position_ids.device)
-    inverse = torch.tensor(inverse_frequencies(2 * len(axes), theta), device=position_ids.device)
+    inverse = inverse_frequencies(2 * len(axes), theta, position_ids.device)
     angles = position_ids.float().index_select(0, axes).permute(1, 2, 0) * inverse
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the last dimension of `x` by tables of half its width that broadcast to it; float32 inside, `x`'s dtype out."""
+    """Rotates the last dimension of `x` by tables of half its width that broadcast to it; float32 inside."""
     low, high = x.float().chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
 def vision_cos_sin(patch_position: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables float32 [N, head_dim / 2] for (row, column) pairs [N, 2]: the first half of the angles reads rows."""
-    inverse = torch.tensor(inverse_frequencies(head_dim // 2, theta), device=patch_position.device)
+    inverse = inverse_frequencies(head_dim // 2, theta, patch_position.device)
     angles = (patch_position.float().unsqueeze(-1) * inverse).flatten(1)
     return angles.cos(), angles.sin()

@@ -50,6 +50,15 @@ class Groups:
         # The query dimension is written out: ONNX Runtime's Attention does not broadcast it.
         self.mask = valid[:, None, None, :].expand(-1, 1, size, -1)
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, heads, D] -> [G, heads, L, D]; padded places repeat patch 0 and are masked as keys."""
+        rows = x.index_select(0, self.index.flatten())
+        return rows.view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """[G, heads, L, D] -> [N, heads * D]; padded places are dropped."""
+        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.slot)
+
 
 class Attention(nn.Module):
     """Bidirectional attention inside each group."""
@@ -63,12 +72,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: Groups) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        # [N, heads, D] -> [G, heads, L, D]
-        q, k, v = (functional.embedding(groups.index, p.flatten(1)).unflatten(-1, p.shape[1:]) for p in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=groups.mask
-        )
-        return self.proj(out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, groups.slot))
+        q, k, v = (groups.gather(part) for part in (q, k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=groups.mask)
+        return self.proj(groups.scatter(out))
 
 
 class MLP(nn.Module):

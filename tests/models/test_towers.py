@@ -1,4 +1,4 @@
-"""Vision and audio towers against the reference (tolerances: those of the cases, 5 to 20 times the spread seen there)."""
+"""Vision and audio towers against the reference, with the tolerances that the cases state (several times the spread)."""
 
 from __future__ import annotations
 
