@@ -94,6 +94,7 @@ class Workspace:
     def __init__(self, folder: Path, hook: Hook = _ignore) -> None:
         self.folder = folder
         self.records: dict[str, Record] = {}
+        self.last_finished: Mapping[str, Any] | None = None
         self._hook = hook
         self._lock = -1
         self._journal = -1
@@ -254,6 +255,7 @@ class Workspace:
                     self.records[record.step] = record
                 elif event["event"] == "dropped":
                     self.records.pop(event["step"], None)
+                self.last_finished = event if event["event"] == "finished" else None
             except (ValueError, KeyError, TypeError):
                 raise BuildError(
                     f"line {number} of '{self.folder / JOURNAL}' is damaged: remove the folder and build again"

@@ -1,0 +1,338 @@
+"""What a build of a checkpoint consists of: its steps, its manifest, and the shortcut when nothing changed.
+
+assets                configuration and tokenizer files, copied
+<engine>              export, lowering and weights, one step per engine of `builders/registry.py`
+gate:<engine>         the engine against its torch definition
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builders import registry
+from builders.code import code_version, project_version, tool_versions
+from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest
+from builders.workspace import CACHE, Hook, Workspace
+from ming_trt import __version__
+from ming_trt.bundle import (
+    ASSETS,
+    FAILED,
+    MANIFEST,
+    MISSING,
+    NOT_RUN,
+    PASSED,
+    Bundle,
+    ComponentEntry,
+    FileEntry,
+    Manifest,
+    StepEntry,
+    sha256,
+)
+from ming_trt.errors import BuildError, BundleError, UnavailableError
+from ming_trt.presets import Preset
+
+if TYPE_CHECKING:
+    from builders.component import Component
+    from ming_trt.checkpoint import Checkpoint
+    from ming_trt.config import MingConfig
+
+_EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
+_RUN_TOOLS = ("onnxruntime",)
+GATE = "gate:"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to build. `only` names engines (all if empty); `max_host_memory` bytes, 0 = no limit but the machine's."""
+
+    checkpoint: Path
+    bundle: Path
+    preset: Preset
+    only: tuple[str, ...] = ()
+    max_host_memory: int = 0
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a build ended. `verdict` is the gate's over all engines; `peak_bytes` the highest of the steps that ran."""
+
+    bundle: Path
+    results: Mapping[str, Result]
+    verdict: str
+    seconds: float
+    peak_bytes: int = 0
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the bundle may be used: every engine passed the gate, or cannot be run here."""
+        return self.verdict in (PASSED, NOT_RUN)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        steps = {
+            name: {"outcome": str(r.outcome), "reason": r.reason, "seconds": round(r.seconds, 3), "key": r.key}
+            for name, r in self.results.items()
+        }
+        return {
+            "bundle": str(self.bundle),
+            "ok": self.ok,
+            "gate": self.verdict,
+            "seconds": round(self.seconds, 3),
+            "peak_bytes": self.peak_bytes,
+            "steps": steps,
+        }
+
+
+def build(options: Options, progress: Progress | None = None, hook: Hook = lambda _: None) -> Report:
+    """Brings the bundle up to date with the checkpoint and the preset, and ends with the gate.
+
+    Everything is checked before anything is written. Raises `MingError`: the first failure, in one sentence; what was
+    finished before stays, and the same call continues there. `hook` is for tests (`builders.workspace`).
+    """
+    started = time.monotonic()
+    check(options)
+    # Options are good; now the checkpoint, still before the output folder is touched.
+    files = _checkpoint_files(options.checkpoint)
+    with Workspace(options.bundle, hook) as space:
+        fingerprint = _fingerprint(options, files)
+        unchanged = _unchanged(space, fingerprint)
+        if unchanged is not None:
+            return Report(options.bundle, unchanged[0], unchanged[1], time.monotonic() - started)
+        plan = _Plan(options, space)
+        graph = plan.graph()
+        run = graph.run(space, plan.selection(), progress)
+        if run.failure is not None:
+            raise run.failure
+        for name, step in graph.steps.items():
+            if step.skip:
+                space.drop(name)
+        for name in set(space.records) - set(graph.steps):
+            space.drop(name)
+        manifest = plan.manifest(run)
+        text = manifest.to_json()
+        space.write_manifest(text)
+        space.digests.save()
+        space.note("finished", fingerprint=fingerprint, manifest=digest(text), gate=manifest.gate)
+    ran = [r.record.peak_bytes for r in run.results.values() if r.record and r.outcome is Outcome.OK]
+    return Report(options.bundle, run.results, manifest.gate, time.monotonic() - started, max(ran, default=0))
+
+
+def check(options: Options) -> None:
+    """Raises `MingError` if the options cannot be built here. Reads nothing."""
+    registry.check_names(options.only)
+    check_target(options.preset.target)
+    for name in options.preset.precision:
+        if name != "default":
+            registry.check_names((name,))
+    if options.calibration is not None and not options.calibration.is_dir():
+        raise BuildError(f"there is no calibration folder '{options.calibration}': give the folder of the samples")
+
+
+def check_target(target: str) -> None:
+    """Raises `UnavailableError` if no builder of this installation makes engines for `target`."""
+    if target != "onnxruntime":
+        raise UnavailableError(f"target {target} has no builder in this version: build with --target onnxruntime")
+
+
+class _Plan:
+    """A build of one checkpoint: makes the graph, then the manifest."""
+
+    def __init__(self, options: Options, space: Workspace) -> None:
+        from ming_trt.checkpoint import Checkpoint
+        from ming_trt.config import load_config
+
+        self.options = options
+        self.preset = options.preset
+        self.cache = space.folder / CACHE
+        self.config: MingConfig = load_config(options.checkpoint)
+        self.checkpoint: Checkpoint = Checkpoint(options.checkpoint)
+        self.components: dict[str, Component] = {name: registry.component(name) for name in registry.COMPONENTS}
+        self.versions = tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS))
+
+    def selection(self) -> list[str] | None:
+        """The steps to bring up to date, or None for all."""
+        if not self.options.only:
+            return None
+        return [ASSETS, *self.options.only, *(GATE + name for name in self.options.only)]
+
+    def graph(self) -> Graph:
+        """The steps. Reads headers, and the bytes of tensors that were never digested before."""
+        steps = [self._assets()]
+        for name, component in self.components.items():
+            steps += self._engine(name, component)
+        if all(step.skip for step in steps[1::2]):
+            raise BuildError(
+                f"'{self.options.checkpoint}' holds no component that can be built ({steps[1].skip}): "
+                "give the folder of a whole checkpoint"
+            )
+        return Graph(steps)
+
+    def _assets(self) -> Step:
+        source = self.options.checkpoint
+        names = sorted({p.relative_to(source).as_posix() for pattern in registry.ASSETS for p in source.glob(pattern)})
+
+        def run(context: Context) -> Mapping[str, Any]:
+            for name in names:
+                (context.work / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, context.work / name)
+            return {"files": names}
+
+        key = digest([(name, sha256(source / name)) for name in names])
+        return Step(ASSETS, key, run, output=ASSETS)
+
+    def _engine(self, name: str, component: Component) -> list[Step]:
+        from builders.component import ExportOptions
+        from builders.verify import SEED, verify_component
+        from ming_trt.models.weights import check_sources, source_names
+
+        reason = component.needs(self.config, self.checkpoint)
+        if reason:
+            return [
+                Step(name, "", _never, output=name, skip=reason),
+                Step(GATE + name, "", _never, (name,), skip=f"there is no {name} to check"),
+            ]
+        precision = self.preset.precision_of(name)
+        options = ExportOptions(self.preset.target, precision)
+        sources = component.sources(self.config)
+        check_sources(sources, self.checkpoint)
+        thresholds = self.preset.thresholds(name)
+        module = registry.module_of(name)
+        key = digest(
+            {
+                "config": component.config_key(self.config),
+                "weights": self.checkpoint.digest(source_names(sources), self.cache),
+                "options": [options.target, options.precision],
+                "code": code_version(module),
+                "tools": tool_versions(_EXPORT_TOOLS),
+            }
+        )
+        gate_key = digest(
+            {
+                "thresholds": [thresholds.max_relative, thresholds.min_cosine, thresholds.min_sqnr_db],
+                "seed": SEED,
+                "code": [code_version(module), code_version("builders.verify")],
+                "tools": tool_versions((*_RUN_TOOLS, "torch")),
+                "memory": self.options.max_host_memory,
+            }
+        )
+
+        def export(context: Context) -> Mapping[str, Any]:
+            facts = component.export(self.config, self.checkpoint, context.work, options)
+            return {"precision": precision, **facts}
+
+        def gate(context: Context) -> Mapping[str, Any]:
+            report = verify_component(
+                component,
+                self.config,
+                self.checkpoint,
+                context.inputs[name] / "model.onnx",
+                list(context.facts[name]["outputs"]),
+                thresholds,
+                threads=self.preset.threads,
+                memory_limit=self.options.max_host_memory,
+            )
+            return report.as_dict()
+
+        return [Step(name, key, export, output=name), Step(GATE + name, gate_key, gate, (name,))]
+
+    def manifest(self, run: Run) -> Manifest:
+        """What the results of a run without failures amount to."""
+        steps: dict[str, StepEntry] = {}
+        components: dict[str, ComponentEntry] = {}
+        for name, result in run.results.items():
+            record = result.record
+            if record is None:
+                steps[name] = StepEntry(str(Outcome.SKIPPED), "", result.reason)
+                continue
+            files = {f"{record.output}/{path}": FileEntry(*entry) for path, entry in record.files.items()}
+            steps[name] = StepEntry(str(Outcome.OK), record.key, "", files)
+            if name in self.components:
+                gate = run.results[GATE + name].record
+                components[name] = self._entry(name, record.facts, gate.facts if gate else {})
+        shards = {}
+        for path in self.checkpoint.files:
+            names = [n for n in self.checkpoint.names() if self.checkpoint.info(n).file == path]
+            entry = {"sha256": self.checkpoint.digest(names, self.cache), "size": path.stat().st_size}
+            shards[path.relative_to(self.options.checkpoint).as_posix()] = entry
+        raw = self.config.raw
+        model = {
+            "name": "Ming-lite-omni v1.5",
+            "type": raw.get("model_type", ""),
+            "architecture": (raw.get("architectures") or [""])[0],
+        }
+        versions = {"ming-trt": __version__, **self.versions}
+        return Manifest(model, self.preset.target, self.preset, shards, versions, steps, components)
+
+    def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
+        verdict = gate.get("verdict", MISSING)
+        rest = {key: value for key, value in facts.items() if key not in ("inputs", "outputs", "precision")}
+        return ComponentEntry(
+            name,
+            self.preset.target,
+            str(facts["precision"]),
+            f"{name}/model.onnx",
+            facts["inputs"],
+            facts["outputs"],
+            rest,
+            gate,
+            {PASSED: "matches", FAILED: "ran"}.get(str(verdict), "compiled"),
+        )
+
+
+def _never(_: Context) -> Mapping[str, Any]:
+    raise AssertionError("a skipped step ran")
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """Every file below the checkpoint. Raises `BuildError` if it is no folder."""
+    if not folder.is_dir():
+        raise BuildError(f"there is no checkpoint folder '{folder}': give the folder of the download")
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(options: Options, files: list[Path]) -> str:
+    """Stands for everything a build depends on, without opening a weight file: equal means that nothing changed."""
+    identities = []
+    for path in files:
+        state = path.stat()
+        times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+        identities.append([str(path.absolute()), *times])
+    return digest(
+        {
+            "files": identities,
+            "preset": options.preset.as_dict(),
+            "only": options.only,
+            "memory": options.max_host_memory,
+            "calibration": str(options.calibration or ""),
+            "code": project_version(),
+            "tools": tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS)),
+        }
+    )
+
+
+def _unchanged(space: Workspace, fingerprint: str) -> tuple[dict[str, Result], str] | None:
+    """Results and verdict of the last build, if its inputs were these and its files are all intact, else None."""
+    last = space.last_finished
+    try:
+        text = (space.folder / MANIFEST).read_text("utf-8")
+        manifest = Bundle.open(space.folder).manifest
+    except (OSError, UnicodeDecodeError, BundleError):
+        return None
+    if last is None or last.get("fingerprint") != fingerprint or last.get("manifest") != digest(text):
+        return None
+    if not all(space.intact(record) for record in space.records.values()):
+        return None
+    results = {}
+    for name, step in manifest.steps.items():
+        if step.outcome == Outcome.SKIPPED:
+            results[name] = Result(Outcome.SKIPPED, "", step.reason)
+        else:
+            results[name] = Result(Outcome.NOOP, step.key, record=space.records.get(name))
+    return results, manifest.gate
