@@ -50,7 +50,7 @@ class Component(Protocol):
         ...
 
     def needs(self, config: MingConfig, checkpoint: Checkpoint) -> str | None:
-        """None if `checkpoint` holds what this engine is made from, else the reason in one sentence. Reads no weights."""
+        """None if `checkpoint` holds what this engine is made from, else why not, in one sentence. Reads headers."""
         ...
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ def export_graph(
     to functions that emit ONNX nodes. Raises `BuildError` if the module holds a real weight, or makes a constant from
     one that is not there.
     """
-    parameters = {name: value for name, value in (*module.named_parameters(), *module.named_buffers())}
+    parameters = dict((*module.named_parameters(), *module.named_buffers()))
     for name, value in parameters.items():
         if value.device.type != "meta":
             raise BuildError(f"'{name}' is on '{value.device}': build the module under torch.device('meta')")
@@ -80,8 +80,8 @@ def export_graph(
             value.const_value = None
         elif isinstance(raw := getattr(tensor, "raw", None), torch.Tensor) and raw.device.type == "meta":
             raise BuildError(
-                f"constant '{name}' {list(raw.shape)} was made from a weight that is not there: compute it in `forward`, "
-                "or make it a parameter with a source"
+                f"constant '{name}' {list(raw.shape)} was made from a weight that is not there: "
+                "compute it in `forward`, or make it a parameter with a source"
             )
     with _quiet():
         onnxscript.optimizer.optimize_ir(model, inline=False)
@@ -196,9 +196,9 @@ def save(model: ir.Model, folder: Path) -> None:
         (folder / MODEL_FILE).unlink(missing_ok=True)
         if data.exists():
             _sync(data)
-            os.replace(data, folder / DATA_FILE)
+            data.replace(folder / DATA_FILE)
         _sync(scratch / MODEL_FILE)
-        os.replace(scratch / MODEL_FILE, folder / MODEL_FILE)
+        (scratch / MODEL_FILE).replace(folder / MODEL_FILE)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import torch
 
 from builders.component import ExportOptions, Feeds
-from builders.engine import Engine
 from builders.export import export_graph
 from builders.functions import translations
+from builders.main_shard import MainShardComponent
 from builders.tensors import DTYPES, TORCH_DTYPES
 from ming_trt.models.llm import MingLLM, input_names, output_names, weight_map
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ming_trt.models.weights import WeightSource
 
 
-class LLM(Engine):
+class LLM(MainShardComponent):
     """Component `llm`."""
 
     name = "llm"

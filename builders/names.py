@@ -12,6 +12,8 @@ from collections import Counter
 import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# what torch writes for arithmetic on sizes, which no module claims
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 def scope(node: ir.Node) -> str:
@@ -19,7 +21,7 @@ def scope(node: ir.Node) -> str:
     text = node.metadata_props.get(_SCOPES)
     scopes = ast.literal_eval(text) if text else []
     # the last entry is the operator; the one before it is the innermost module
-    module = scopes[-2] if len(scopes) > 1 else ""
+    module = scopes[-2] if len(scopes) > 1 and scopes[-2] != _NO_MODULE else ""
     path = ""
     for part in module.split("."):
         path += f".{part}" if part.isdigit() else f"/{part}"

@@ -71,7 +71,12 @@ def domains(model: ir.Model) -> set[str]:
     data=st.data(),
 )
 def test_experts(
-    tmp_path_factory: pytest.TempPathFactory, experts: int, hidden: int, width: int, normalize: bool, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    experts: int,
+    hidden: int,
+    width: int,
+    normalize: bool,
+    data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.integers(1, experts))
     torch.manual_seed(experts)

@@ -1,4 +1,4 @@
-"""What all components of the understanding path share: from a graph and a weight map to a saved engine."""
+"""What the components of the main checkpoint share: from a graph and a weight map to a saved engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ming_trt.models.weights import WeightSource
 
 
-class Engine(ABC):
+class MainShardComponent(ABC):
     """A `builders.component.Component` of the main checkpoint; subclasses say what is particular to an engine."""
 
     name: str
