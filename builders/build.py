@@ -56,6 +56,8 @@ class Options:
     only: tuple[str, ...] = ()
     max_host_memory: int = 0
     calibration: Path | None = None
+    tensor_parallel: int = 1
+    expert_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +130,18 @@ def check(options: Options) -> None:
     """Raises `MingError` if the options cannot be built here. Reads nothing."""
     registry.check_names(options.only)
     check_target(options.preset.target)
+    if max(options.tensor_parallel, options.expert_parallel) > 1 and options.preset.target != "tensorrt-llm":
+        raise BuildError(
+            f"--tp {options.tensor_parallel} --ep {options.expert_parallel} need target tensorrt-llm, "
+            f"not {options.preset.target}: leave them out"
+        )
+    if options.calibration is not None and not options.calibration.is_dir():
+        raise BuildError(f"there is no calibration folder '{options.calibration}': give the folder of the samples")
+    if options.calibration is not None and "fp8" not in options.preset.precision.values():
+        raise BuildError("calibration is for fp8, which this preset does not use: leave --calibration out")
     for name in options.preset.precision:
         if name != "default":
             registry.check_names((name,))
-    if options.calibration is not None and not options.calibration.is_dir():
-        raise BuildError(f"there is no calibration folder '{options.calibration}': give the folder of the samples")
 
 
 def check_target(target: str) -> None:
@@ -311,6 +320,7 @@ def _fingerprint(options: Options, files: list[Path]) -> str:
             "only": options.only,
             "memory": options.max_host_memory,
             "calibration": str(options.calibration or ""),
+            "parallel": [options.tensor_parallel, options.expert_parallel],
             "code": project_version(),
             "tools": tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS)),
         }

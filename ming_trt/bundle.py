@@ -234,8 +234,10 @@ class Bundle:
             if name not in bad and sha256(self.path / name) != entry.sha256:
                 problems.append(f"'{name}' does not have the digest that the manifest states")
         known = self.manifest.files
+        # What a build left alone, because it was not selected, is not part of the bundle.
+        aside = {name for name, step in self.manifest.steps.items() if step.outcome == "SKIPPED"}
         for name in files_below(self.path):
-            if name not in known and name != MANIFEST and not name.startswith("."):
+            if name not in known and name != MANIFEST and not name.startswith(".") and name.split("/")[0] not in aside:
                 problems.append(f"'{name}' is not in the manifest")
         return problems
 
@@ -248,6 +250,27 @@ class Bundle:
                 continue
             if size != entry.size:
                 yield f"'{name}' has {size} bytes instead of {entry.size}"
+
+
+def differences(first: Manifest, second: Manifest) -> list[tuple[str, str, str]]:
+    """Where two manifests differ: (what, in the first, in the second), "" where one lacks it."""
+    flat = [dict(_leaves(manifest.as_dict())) for manifest in (first, second)]
+    names = [*flat[0], *(name for name in flat[1] if name not in flat[0])]
+    return [
+        (name, flat[0].get(name, ""), flat[1].get(name, "")) for name in names if flat[0].get(name) != flat[1].get(name)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path} › {key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for index, inner in enumerate(value):
+            key = inner.get("name", index) if isinstance(inner, Mapping) else index
+            yield from _leaves(inner, f"{path} › {key}")
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)
 
 
 def sha256(path: Path) -> str:
