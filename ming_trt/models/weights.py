@@ -235,6 +235,23 @@ def source_names(sources: Mapping[str, WeightSource]) -> list[str]:
     return sorted({name for source in sources.values() for name in source.names})
 
 
+def tensor_shapes(sources: Mapping[str, WeightSource]) -> dict[str, Shape]:
+    """Name -> shape of every checkpoint tensor that the maps of this module's sources name."""
+    shapes: dict[str, Shape] = {}
+    left = list(sources.values())
+    while left:
+        match left.pop():
+            case Tensor(name, shape):
+                shapes[name] = shape
+            case _Group(sources=group):
+                left.extend(group)
+            case _Wrapped(source=inner):
+                left.append(inner)
+            case other:
+                raise TypeError(f"the tensors of a {type(other).__name__} have no known shapes")
+    return shapes
+
+
 def load_weights(
     module: torch.nn.Module,
     checkpoint: Checkpoint,
