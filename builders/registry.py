@@ -12,11 +12,16 @@ from typing import cast
 from builders.component import Component
 from ming_trt.errors import BuildError
 
-# engine name -> the module whose `COMPONENT` builds it
+# engine name -> the module whose `COMPONENT` (or what stands after a colon) builds it
 COMPONENTS: dict[str, str] = {
     "vision_encoder": "builders.vision",
     "audio_encoder": "builders.audio_encoder",
     "llm": "builders.llm",
+    "connector": "builders.connector",
+    "condition": "builders.connector:CONDITION",
+    "dit": "builders.dit",
+    "vae_encoder": "builders.vae:ENCODER",
+    "vae_decoder": "builders.vae:DECODER",
 }
 
 # Copied into `assets/` where the checkpoint has them; patterns are relative to its folder.
@@ -36,12 +41,13 @@ ASSETS: tuple[str, ...] = (
 
 def module_of(name: str) -> str:
     """The module that builds engine `name`."""
-    return COMPONENTS[name]
+    return COMPONENTS[name].partition(":")[0]
 
 
 def component(name: str) -> Component:
     """The builder of engine `name`. Imports torch."""
-    return cast(Component, import_module(COMPONENTS[name]).COMPONENT)
+    attribute = COMPONENTS[name].partition(":")[2] or "COMPONENT"
+    return cast(Component, getattr(import_module(module_of(name)), attribute))
 
 
 def check_names(names: tuple[str, ...]) -> None:

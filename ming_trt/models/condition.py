@@ -47,8 +47,8 @@ class TextEmbed(nn.Module):
 class Condition(nn.Module):
     """`condition` [B, tokens, LLM hidden] to `context` [B, tokens, d] and `pooled` [B, d], d = denoiser width.
 
-    The reference runs this inside the denoiser at every step; nothing in it depends on the step. Weights: `mlp.*` from
-    `mlp/`, the rest from `transformer/`, by these names.
+    The reference runs this inside the denoiser at every step; nothing in it depends on the step. Inputs and outputs are
+    float32, whatever the weights are. Weights: `mlp.*` from `mlp/`, the rest from `transformer/`, by these names.
     """
 
     def __init__(self, config: ConditionConfig) -> None:
@@ -64,8 +64,9 @@ class Condition(nn.Module):
         return mean.view(mean.shape[0], self.pooled_dim, -1).mean(-1)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.mlp(condition)
-        return self.context_embedder(tokens), self.time_text_embed.text_embedder(self.pool(tokens))
+        tokens = self.mlp(condition.to(self.context_embedder.weight.dtype))
+        pooled = self.time_text_embed.text_embedder(self.pool(tokens))
+        return self.context_embedder(tokens).float(), pooled.float()
 
 
 def weight_map(config: ConditionConfig) -> dict[str, WeightSource]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ming_trt.image_config import ConnectorConfig
 from ming_trt.models.by_name import by_name
-from ming_trt.models.weights import WeightSource
+from ming_trt.models.weights import Concat, WeightSource
+from ming_trt.models.weights import Tensor as Stored
+from ming_trt.processing.query import SCALES
 
 
 class RMSNorm(nn.Module):
@@ -98,7 +100,8 @@ class Stack(nn.Module):
 class Connector(nn.Module):
     """`hidden` [B, tokens, LLM hidden] (post-norm rows of the last query scale) to `condition`, same shape, unit rows.
 
-    Weights: `model.*` from `connector/`, `proj_in.*` and `proj_out.*` from `mlp/`, by these names.
+    Both are float32, whatever the weights are. Weights: `model.*` from `connector/`, `proj_in.*` and `proj_out.*` from
+    `mlp/`, by these names.
     """
 
     def __init__(self, config: ConnectorConfig) -> None:
@@ -108,14 +111,19 @@ class Connector(nn.Module):
         self.proj_out = nn.Linear(config.hidden, config.llm_hidden)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x = self.proj_out(self.model(self.proj_in(hidden)))
-        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        return x / norm.clamp_min(1e-12).to(x.dtype)
+        x = self.proj_out(self.model(self.proj_in(hidden.to(self.proj_in.weight.dtype)))).float()
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def weight_map(config: ConnectorConfig) -> dict[str, WeightSource]:
     """Parameter -> checkpoint tensor."""
     return by_name(lambda: Connector(config), lambda name: "mlp" if name.startswith("proj_") else "connector")
+
+
+def query_tokens(llm_hidden: int) -> WeightSource:
+    """The learned rows [336, LLM hidden] that the LLM reads at the query positions, all scales in order."""
+    names = ((f"mlp/query_tokens_dict.{side}x{side}", side * side) for side in SCALES)
+    return Concat(tuple(Stored(name, (rows, llm_hidden)) for name, rows in names))
 
 
 def rope_table(tokens: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,8 +211,8 @@ class DiT(nn.Module):
     latent [B, C, h, w]; time [B] float32; context [B, T, d] and pooled [B, d] from `Condition`; reference
     [B, C, hr, wr], the reference picture's latent, of the latent's size, or any small latent (2 x 2) if there is none;
     token_index i64 [M]: which of the latent's and then the reference's tokens the blocks see: 0..N-1 without a
-    reference, 0..2N-1 with one, N = h/2 * w/2. Gives velocity [B, C, h, w]. h and w are even. Weights are in
-    `transformer/` by these names.
+    reference, 0..2N-1 with one, N = h/2 * w/2. Gives velocity [B, C, h, w]. h and w are even. Inputs and
+    outputs are float32, whatever the weights are; these are in `transformer/` by these names.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -234,11 +234,13 @@ class DiT(nn.Module):
     ) -> Tensor:
         batch, _, height, width = latent.shape
         rows, columns = height // self.patch, width // self.patch
-        temb = self.time_text_embed(time, latent.dtype) + pooled
-        x = self.pos_embed(latent)
+        dtype = self.proj_out.weight.dtype
+        temb = self.time_text_embed(time, dtype) + pooled.to(dtype)
+        context = context.to(dtype)
+        x = self.pos_embed(latent.to(dtype))
         for refiner in self.noise_refiner:
             x = refiner(x, temb)
-        r = self.ref_pos_embed(reference)
+        r = self.ref_pos_embed(reference.to(dtype))
         for refiner in self.ref_image_refiner:
             r = refiner(r, temb)
         x = torch.cat([x, r], 1).index_select(1, token_index)
@@ -247,7 +249,7 @@ class DiT(nn.Module):
         scale, shift = self.norm_out(temb)
         x = self.proj_out(modulate(x[:, : rows * columns], shift, scale))
         x = x.reshape(batch, rows, columns, self.patch, self.patch, self.channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.channels, height, width)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.channels, height, width).float()
 
 
 def position_table(config: DiTConfig) -> Tensor:

@@ -181,7 +181,8 @@ class VAEEncoder(nn.Module):
         return moments[:, : self.channels]
 
     def forward(self, image: Tensor) -> Tensor:
-        return (self.mode(image) - self.shift) * self.scale
+        mode = self.mode(image.to(self.encoder.conv_in.weight.dtype)).float()
+        return (mode - self.shift) * self.scale
 
 
 class VAEDecoder(nn.Module):
@@ -195,10 +196,11 @@ class VAEDecoder(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(self, latent: Tensor) -> Tensor:
-        z = latent / self.scale + self.shift
+        z = (latent / self.scale + self.shift).to(self.decoder.conv_in.weight.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        return self.decoder(z)
+        picture: Tensor = self.decoder(z)
+        return picture.float()
 
 
 def weight_map(module: type[VAEEncoder] | type[VAEDecoder], config: VAEConfig) -> dict[str, WeightSource]:
