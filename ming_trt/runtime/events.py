@@ -1,0 +1,158 @@
+"""What a caller of the LLM gets: a handle to its request, and events that arrive on it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Literal
+
+from ming_trt.errors import MingError
+from ming_trt.runtime.engine import Array
+
+log = logging.getLogger(__name__)
+
+CONTEXT_TOKENS = 3
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenEvent:
+    """Rows of the prefill that the request asked for, before its first token.
+
+    `positions` int64 [n] in the prompt; `hidden` f32 [n, H] after the last norm; `embeds` f32 [n, H] as they entered
+    layer 0.
+    """
+
+    positions: Array
+    hidden: Array
+    embeds: Array
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of the answer. `index`: place of the first of them in the answer.
+
+    `context_ids`: up to three tokens of the answer before them, for characters whose bytes are split between tokens.
+    `text_length`: where a stop string begins inside the text of these tokens, the number of characters before it;
+    else None.
+    """
+
+    token_ids: tuple[int, ...]
+    index: int
+    context_ids: tuple[int, ...] = ()
+    text_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of tokens. The end token is not counted, tokens that a stop string swallowed are."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `queue`: until a slot was free; `prefill`: from then to the first token; `first_token`: their sum;
+    `decode`: from the first token to the end."""
+
+    queue: float
+    prefill: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishEvent:
+    """The end of a good answer: "stop" (end token or stop string) or "length" (max_tokens, or the context is full)."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorEvent:
+    """The end of a failed or cancelled request (`CancelledError`)."""
+
+    error: MingError
+
+
+Event = HiddenEvent | TokenEvent | FinishEvent | ErrorEvent
+
+
+class Handle:
+    """One submitted request. Iterate over it once, from any one thread: the last event is a FinishEvent or an
+    ErrorEvent.
+
+    Events wait here without limit (an answer is short, and `max_tokens` bounds it), so a slow reader delays nobody.
+    Tokens that arrive faster than they are read come as one TokenEvent.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Asks for the end: the slot is free at the next step. Harmless after the end."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def put(self, event: Event) -> None:
+        """Used by the LLM's worker."""
+        self._events.put(event)
+
+    def __iter__(self) -> Iterator[Event]:
+        waiting: Event | None = None
+        while True:
+            event = self._events.get() if waiting is None else waiting
+            waiting = None
+            while isinstance(event, TokenEvent) and event.text_length is None:
+                try:
+                    waiting = self._events.get_nowait()
+                except Empty:
+                    break
+                if not isinstance(waiting, TokenEvent) or waiting.text_length is not None:
+                    break
+                event = replace(event, token_ids=event.token_ids + waiting.token_ids)
+                waiting = None
+            yield event
+            if isinstance(event, FinishEvent | ErrorEvent):
+                return
+
+    def result(self) -> tuple[list[int], FinishEvent]:
+        """Waits for the end. All token ids and the FinishEvent; raises the error of an ErrorEvent."""
+        ids: list[int] = []
+        for event in self:
+            if isinstance(event, TokenEvent):
+                ids += event.token_ids
+            elif isinstance(event, ErrorEvent):
+                raise event.error
+            elif isinstance(event, FinishEvent):
+                return ids, event
+        raise AssertionError("a handle ends with a FinishEvent or an ErrorEvent")
+
+    def deliver(self, on_event: Callable[[Event], None]) -> None:
+        """Calls `on_event` for every event from a thread of this request; if it raises, the request is cancelled."""
+
+        def drain() -> None:
+            failed = False
+            for event in self:
+                if failed:
+                    continue
+                try:
+                    on_event(event)
+                except Exception:
+                    log.exception("request %s: its receiver failed; the request is cancelled", self.request_id)
+                    failed = True
+                    self.cancel()
+
+        threading.Thread(target=drain, name=f"events-{self.request_id}", daemon=True).start()

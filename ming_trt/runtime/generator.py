@@ -1,0 +1,287 @@
+"""The LLM as a service: many requests, one engine, one thread that steps.
+
+A round of the thread: end what was cancelled, read one chunk of one prompt, decode one token for every sequence that
+has been read. So a long prompt delays the others by a chunk at a time, and requests join and leave at any step.
+
+A fault that has one request as its cause (logits that are not finite, an impossible option) ends that request; a failed
+run of the engine ends those that took part in it. The thread goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Collection
+from time import perf_counter
+from typing import ParamSpec
+
+import numpy as np
+
+from ming_trt.errors import CancelledError, EngineError, MingError, UnavailableError
+from ming_trt.runtime.cancel import CancelBoard
+from ming_trt.runtime.engine import Array, Arrays, Engine
+from ming_trt.runtime.events import (
+    CONTEXT_TOKENS,
+    ErrorEvent,
+    Event,
+    FinishEvent,
+    FinishReason,
+    Handle,
+    HiddenEvent,
+    Timings,
+    TokenEvent,
+    Usage,
+)
+from ming_trt.runtime.kv_cache import KVCache
+from ming_trt.runtime.scheduler import Scheduler
+from ming_trt.runtime.sequence import NO_FEATURE, GenerationRequest, LLMOptions, Sequence, prepare
+from ming_trt.runtime.stop import TextDecoder
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+
+# A step of the engine cannot be interrupted; closing waits this long for the one that runs.
+_JOIN_SECONDS = 60.0
+
+
+class LLM:
+    """Generates with an `llm` engine (tensors: docs/DESIGN.md, 4.1). `submit` from any thread; the engine is this
+    object's.
+
+    `decoder` is needed for stop strings only; `board` is where cancellations from other processes are seen.
+    """
+
+    def __init__(
+        self, engine: Engine, options: LLMOptions, decoder: TextDecoder | None = None, board: CancelBoard | None = None
+    ) -> None:
+        self.options = options
+        self._engine = engine
+        self._decoder = decoder
+        self._board = board
+        self._vocabulary = _fixed_size(engine, "logits", -1)
+        self._hidden = _fixed_size(engine, "features", -1)
+        self._cache = KVCache(engine.inputs, options.slots, options.max_seq_len, options.kv_budget)
+        self._scheduler = Scheduler(self._cache)
+        self._inbox: list[Sequence] = []
+        self._load = 0
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="llm", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None) -> Handle:
+        """Queues a request. Iterate over the handle, or give `on_event`, which is called from a thread of the
+        request's own.
+
+        Raises `InputError` for a prompt that the engine cannot take, `UnavailableError` if the queue is full or the
+        LLM closed.
+        """
+        handle = Handle(request.request_id or uuid.uuid4().hex)
+        sequence = prepare(request, handle, self.options, self._vocabulary, self._hidden, self._decoder)
+        with self._wake:
+            if self._closing:
+                raise UnavailableError("the LLM is shutting down: send the request to a running server")
+            if self._load >= self.options.max_waiting + self.options.slots:
+                raise UnavailableError(f"{self._load} requests wait or run already: try again later")
+            self._inbox.append(sequence)
+            self._load += 1
+            self._wake.notify()
+        if on_event is not None:
+            handle.deliver(on_event)
+        return handle
+
+    def close(self) -> None:
+        """Cancels what is left and stops the thread. The engine stays open. Closing twice is harmless."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(_JOIN_SECONDS)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while self._scheduler.idle and not self._inbox and not self._closing:
+                    self._wake.wait()
+                for sequence in self._inbox:
+                    self._scheduler.add(sequence)
+                self._inbox.clear()
+                closing = self._closing
+            cancelled = [each for each in self._scheduler if closing or self._is_cancelled(each)]
+            why = "the server is shutting down" if closing else "its client cancelled it, or its lease ran out"
+            for sequence in cancelled:
+                self._fail(sequence, CancelledError(f"request '{sequence.handle.request_id}' has ended: {why}"))
+            if closing:
+                return
+            reading = self._scheduler.next_to_read()
+            if reading is not None:
+                self._guard([reading], self._read_chunk, reading)
+            if self._scheduler.decoding:
+                rows = list(self._scheduler.decoding)
+                self._guard(rows, self._decode, rows)
+
+    def _is_cancelled(self, sequence: Sequence) -> bool:
+        handle = sequence.handle
+        return handle.cancelled or (self._board is not None and self._board.is_cancelled(handle.request_id))
+
+    def _guard(self, sequences: list[Sequence], step: Callable[P, None], *args: P.args, **named: P.kwargs) -> None:
+        """Runs a step; if it raises, the sequences that took part end with the error and the thread goes on."""
+        try:
+            step(*args, **named)
+        except MingError as error:
+            for sequence in sequences:
+                self._fail(sequence, error)
+        except Exception as error:
+            log.exception("the LLM's step failed")
+            for sequence in sequences:
+                self._fail(sequence, EngineError(f"the LLM's step failed ({type(error).__name__}: {error}): report it"))
+
+    def _read_chunk(self, sequence: Sequence) -> None:
+        start = sequence.read
+        stop = min(start + self.options.prefill_chunk, sequence.prompt_length)
+        last = stop == sequence.prompt_length
+        wanted = None
+        if sequence.wanted is not None:
+            wanted = sequence.wanted[(sequence.wanted >= start) & (sequence.wanted < stop)] - start
+        # `logits` of every chunk but the last would be thrown away: the engine makes one row of them and gives none.
+        outputs = (["logits"] if last else []) + (["hidden", "embeds"] if wanted is not None and wanted.size else [])
+        results = self._step(
+            sequence.slot,
+            [sequence],
+            input_ids=sequence.ids[None, start:stop],
+            features=sequence.features,
+            feature_index=sequence.feature_index[None, start:stop],
+            modality=sequence.modality[None, start:stop],
+            position_ids=sequence.positions[:, None, start:stop],
+            logit_index=np.full((1, 1), stop - start - 1, np.int64),
+            outputs=outputs,
+        )
+        sequence.read = stop
+        if wanted is not None and wanted.size:
+            sequence.hidden.append((results["hidden"][0, wanted], results["embeds"][0, wanted]))
+        if last:
+            self._scheduler.promote()
+            self._finish_reading(sequence, results["logits"][0, 0])
+
+    def _finish_reading(self, sequence: Sequence, logits: Array) -> None:
+        if sequence.wanted is not None:
+            empty = np.zeros((0, self._hidden), np.float32)
+            hidden = np.concatenate([empty, *(pair[0] for pair in sequence.hidden)])
+            embeds = np.concatenate([empty, *(pair[1] for pair in sequence.hidden)])
+            sequence.hidden.clear()
+            if not (np.isfinite(hidden).all() and np.isfinite(embeds).all()):
+                raise _not_finite(sequence, "hidden")
+            sequence.handle.put(HiddenEvent(sequence.wanted, hidden, embeds))
+        self._accept(sequence, logits)
+
+    def _decode(self, rows: list[Sequence]) -> None:
+        count = len(rows)
+        place = np.array([[row.length - 1] for row in rows], np.int64)
+        positions = place + np.array([[row.position_delta] for row in rows], np.int64)
+        results = self._step(
+            0,
+            rows,
+            input_ids=np.array([[row.history[-1]] for row in rows], np.int64),
+            features=np.zeros((1, self._hidden), np.float32),
+            feature_index=np.full((count, 1), NO_FEATURE, np.int64),
+            modality=np.zeros((count, 1), np.int64),
+            position_ids=np.broadcast_to(positions, (3, count, 1)),
+            logit_index=np.zeros((count, 1), np.int64),
+            outputs=["logits"],
+        )
+        for row, logits in zip(rows, results["logits"][:, 0], strict=True):
+            self._guard([row], self._accept, row, logits)
+
+    def _step(self, first: int, rows: list[Sequence], *, outputs: Collection[str], **feeds: Array) -> Arrays:
+        """Runs the engine on `rows`, which hold the cache rows from `first` on, and notes what it wrote there."""
+        tokens = feeds["input_ids"].shape[1]
+        for row in rows:
+            self._cache.reserve(row.slot, self._cache.lengths[row.slot] + tokens)
+        lengths = np.array([self._cache.lengths[row.slot] for row in rows], np.int64)
+        ends = lengths[:, None] + np.arange(tokens)
+        stop = first + len(rows)
+        results = self._engine.run(
+            {
+                **feeds,
+                "write_index": lengths,
+                "attention_mask": (np.arange(self._cache.capacity) <= ends[:, :, None])[:, None],
+                **self._cache.feeds(first, stop),
+            },
+            outputs,
+            self._cache.into(first, stop),
+        )
+        for row in rows:
+            self._cache.advance(row.slot, tokens)
+        return results
+
+    def _accept(self, sequence: Sequence, logits: Array) -> None:
+        """Chooses the next token, sends what may go out, and ends the sequence if that was the last."""
+        if not sequence.first_token:
+            sequence.first_token = perf_counter()
+        if sequence.length >= sequence.limit:  # a prompt that is only to be read
+            return self._finish(sequence, "length")
+        if not np.isfinite(logits).all():
+            raise _not_finite(sequence, "logits")
+        token = sequence.sampler.next(logits, sequence.history)
+        if token in sequence.stop_ids:
+            return self._finish(sequence, "stop")
+        sequence.ids[sequence.length] = token
+        sequence.length += 1
+        if sequence.matcher is None:
+            self._send(sequence, [token])
+        else:
+            tokens, cut = sequence.matcher.push(token)
+            self._send(sequence, tokens, cut)
+            if cut is not None:
+                sequence.matcher.flush()
+                return self._finish(sequence, "stop")
+        if sequence.length >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def _send(self, sequence: Sequence, tokens: list[int], cut: int | None = None) -> None:
+        if not tokens:
+            return
+        answer = sequence.ids[sequence.prompt_length :]
+        context = answer[max(0, sequence.sent - CONTEXT_TOKENS) : sequence.sent].tolist()
+        sequence.handle.put(TokenEvent(tuple(tokens), sequence.sent, tuple(context), cut))
+        sequence.sent += len(tokens)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.matcher is not None:
+            self._send(sequence, sequence.matcher.flush())
+        self._release(sequence)
+        queue, prefill = sequence.admitted - sequence.submitted, sequence.first_token - sequence.admitted
+        timings = Timings(queue, prefill, queue + prefill, perf_counter() - sequence.first_token)
+        sequence.handle.put(FinishEvent(reason, Usage(sequence.prompt_length, sequence.generated), timings))
+
+    def _fail(self, sequence: Sequence, error: MingError) -> None:
+        self._release(sequence)
+        sequence.handle.put(ErrorEvent(error))
+
+    def _release(self, sequence: Sequence) -> None:
+        self._scheduler.release(sequence)
+        with self._wake:
+            self._load -= 1
+
+
+def _not_finite(sequence: Sequence, what: str) -> EngineError:
+    return EngineError(
+        f"the llm gave {what} that are not finite after {sequence.length} tokens of request "
+        f"'{sequence.handle.request_id}': run `ming-trt verify` on the bundle, and look at this request's input"
+    )
+
+
+def _fixed_size(engine: Engine, name: str, axis: int) -> int:
+    spec = engine.outputs.get(name) or engine.inputs.get(name)
+    size = spec.shape[axis] if spec is not None else None
+    if not isinstance(size, int):
+        raise EngineError(
+            f"engine '{engine.name}' has no '{name}' with a fixed last size: it is not an engine of the LLM"
+        )
+    return size
