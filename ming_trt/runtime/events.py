@@ -14,7 +14,6 @@ from ming_trt.runtime.engine import Array
 
 log = logging.getLogger(__name__)
 
-CONTEXT_TOKENS = 3
 FinishReason = Literal["stop", "length"]
 
 
@@ -67,11 +66,16 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a good answer: "stop" (end token or stop string) or "length" (max_tokens, or the context is full)."""
+    """The end of a good answer: "stop" (end token or stop string) or "length" (max_tokens, or the context is full).
+
+    `context_ids`: the last tokens that were sent; if they end inside a character, decoding nothing behind them as final
+    gives what is left of it. Empty where a stop string ended the text.
+    """
 
     reason: FinishReason
     usage: Usage
     timings: Timings
+    context_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

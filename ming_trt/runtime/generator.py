@@ -19,10 +19,10 @@ from typing import ParamSpec
 import numpy as np
 
 from ming_trt.errors import CancelledError, EngineError, MingError, UnavailableError
+from ming_trt.processing.tokenizer import CONTEXT_TOKENS
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.engine import Array, Arrays, Engine
 from ming_trt.runtime.events import (
-    CONTEXT_TOKENS,
     ErrorEvent,
     Event,
     FinishEvent,
@@ -239,26 +239,24 @@ class LLM:
             tokens, cut = sequence.matcher.push(token)
             self._send(sequence, tokens, cut)
             if cut is not None:
-                sequence.matcher.flush()
-                return self._finish(sequence, "stop")
+                return self._finish(sequence, "stop", cut=True)
         if sequence.length >= sequence.limit:
             self._finish(sequence, "length")
 
     def _send(self, sequence: Sequence, tokens: list[int], cut: int | None = None) -> None:
         if not tokens:
             return
-        answer = sequence.ids[sequence.prompt_length :]
-        context = answer[max(0, sequence.sent - CONTEXT_TOKENS) : sequence.sent].tolist()
-        sequence.handle.put(TokenEvent(tuple(tokens), sequence.sent, tuple(context), cut))
+        sequence.handle.put(TokenEvent(tuple(tokens), sequence.sent, _context(sequence), cut))
         sequence.sent += len(tokens)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.matcher is not None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, cut: bool = False) -> None:
+        if sequence.matcher is not None and not cut:
             self._send(sequence, sequence.matcher.flush())
         self._release(sequence)
         queue, prefill = sequence.admitted - sequence.submitted, sequence.first_token - sequence.admitted
         timings = Timings(queue, prefill, queue + prefill, perf_counter() - sequence.first_token)
-        sequence.handle.put(FinishEvent(reason, Usage(sequence.prompt_length, sequence.generated), timings))
+        usage = Usage(sequence.prompt_length, sequence.generated)
+        sequence.handle.put(FinishEvent(reason, usage, timings, () if cut else _context(sequence)))
 
     def _fail(self, sequence: Sequence, error: MingError) -> None:
         self._release(sequence)
@@ -268,6 +266,12 @@ class LLM:
         self._scheduler.release(sequence)
         with self._wake:
             self._load -= 1
+
+
+def _context(sequence: Sequence) -> tuple[int, ...]:
+    """The last tokens of the answer that went out."""
+    answer = sequence.ids[sequence.prompt_length :]
+    return tuple(answer[max(0, sequence.sent - CONTEXT_TOKENS) : sequence.sent].tolist())
 
 
 def _not_finite(sequence: Sequence, what: str) -> EngineError:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from ming_trt.runtime.events import CONTEXT_TOKENS
+from ming_trt.processing.tokenizer import CONTEXT_TOKENS
 
 
 class TextDecoder(Protocol):
-    """The part of the tokenizer that streaming needs."""
+    """The part of `ming_trt.processing.tokenizer.TextCodec` that streaming needs."""
 
-    def decode_delta(self, context_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-        """The text that `token_ids` add behind `context_ids`; bytes of an unfinished character wait for the next
-        call."""
+    def decode_delta(self, context_ids: Sequence[int], new_ids: Iterable[int], final: bool) -> str:
+        """The text that `new_ids` add behind `context_ids`. Unless `final`, bytes of an unfinished character wait."""
         ...
 
 
@@ -31,7 +30,7 @@ class StopMatcher:
     def push(self, token: int) -> tuple[list[int], int | None]:
         """Takes the next token. Returns the tokens that may go out now, and None; or, when a stop string is complete,
         the last tokens of the answer and the number of characters of their text that come before the stop string."""
-        self._text += self._decoder.decode_delta(self._context, [token])
+        self._text += self._decoder.decode_delta(self._context, [token], final=False)
         self._context = [*self._context, token][-CONTEXT_TOKENS:]
         self._ids.append(token)
         self._ends.append(len(self._text))

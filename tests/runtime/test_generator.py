@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ PROMPTS = [RNG.integers(0, tiny_llm.V, size).tolist() for size in (5, 23, 1, 12)
 class Letters:
     """A tokenizer of one letter a token: a..z, round and round."""
 
-    def decode_delta(self, context_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-        return "".join(chr(ord("a") + token % 26) for token in token_ids)
+    def decode_delta(self, context_ids: Sequence[int], new_ids: Iterable[int], final: bool = False) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in new_ids)
 
 
 class Spy:
@@ -202,7 +202,7 @@ def test_text_before_a_stop_string_goes_out_and_nothing_behind(llm: LLM) -> None
     stop = text[7:10]
     events = list(llm.submit(ask(PROMPTS[0], 30, stop=("?", stop))))
     finish = events[-1]
-    assert isinstance(finish, FinishEvent) and finish.reason == "stop"
+    assert isinstance(finish, FinishEvent) and finish.reason == "stop" and finish.context_ids == ()
     assert received(events) == text[: text.index(stop)]
 
 
@@ -225,6 +225,8 @@ def test_events_carry_their_place_and_context(llm: LLM) -> None:
         if isinstance(event, TokenEvent):
             assert answer[event.index : event.index + len(event.token_ids)] == list(event.token_ids)
             assert answer[max(0, event.index - 3) : event.index] == list(event.context_ids)
+        elif isinstance(event, FinishEvent):
+            assert list(event.context_ids) == answer[-3:]
 
 
 def test_sampled_tokens_depend_on_the_seed_and_not_on_neighbours(tiny_engine: Engine) -> None:
