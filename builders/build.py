@@ -7,6 +7,7 @@ gate:<engine>         the engine against its torch definition
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -158,6 +159,7 @@ class _Plan:
         from ming_trt.config import load_config
 
         self.options = options
+        self.space = space
         self.preset = options.preset
         self.cache = space.folder / CACHE
         self.config: MingConfig = load_config(options.checkpoint)
@@ -202,6 +204,9 @@ class _Plan:
         from ming_trt.models.weights import check_sources, source_names
 
         reason = component.needs(self.config, self.checkpoint)
+        if not reason and self.options.only and name not in self.options.only and name not in self.space.records:
+            # Its key is not worth reading its weights for.
+            reason = "not selected"
         if reason:
             return [
                 Step(name, "", _never, output=name, skip=reason),
@@ -265,11 +270,6 @@ class _Plan:
             if name in self.components:
                 gate = run.results[GATE + name].record
                 components[name] = self._entry(name, record.facts, gate.facts if gate else {})
-        shards = {}
-        for path in self.checkpoint.files:
-            names = [n for n in self.checkpoint.names() if self.checkpoint.info(n).file == path]
-            entry = {"sha256": self.checkpoint.digest(names, self.cache), "size": path.stat().st_size}
-            shards[path.relative_to(self.options.checkpoint).as_posix()] = entry
         raw = self.config.raw
         model = {
             "name": "Ming-lite-omni v1.5",
@@ -277,7 +277,24 @@ class _Plan:
             "architecture": (raw.get("architectures") or [""])[0],
         }
         versions = {"ming-trt": __version__, **self.versions}
-        return Manifest(model, self.preset.target, self.preset, shards, versions, steps, components)
+        return Manifest(model, self.preset.target, self.preset, self._shards(components), versions, steps, components)
+
+    def _shards(self, components: Mapping[str, ComponentEntry]) -> dict[str, dict[str, Any]]:
+        """Weight file -> size, and digest of those of its tensors that the engines were made from."""
+        from ming_trt.models.weights import source_names
+
+        tensors: dict[Path, set[str]] = {}
+        for name in components:
+            for tensor in source_names(self.components[name].sources(self.config)):
+                tensors.setdefault(self.checkpoint.info(tensor).file, set()).add(tensor)
+        return {
+            path.relative_to(self.checkpoint.root).as_posix(): {
+                "sha256": self.checkpoint.digest(names, self.cache),
+                "size": path.stat().st_size,
+                "tensors": len(names),
+            }
+            for path, names in sorted(tensors.items())
+        }
 
     def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
         verdict = gate.get("verdict", MISSING)
@@ -300,10 +317,11 @@ def _never(_: Context) -> Mapping[str, Any]:
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """Every file below the checkpoint. Raises `BuildError` if it is no folder."""
+    """Every file below the checkpoint, links followed. Raises `BuildError` if it is no folder."""
     if not folder.is_dir():
         raise BuildError(f"there is no checkpoint folder '{folder}': give the folder of the download")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    # Folders that overlay others are made of links.
+    return sorted(Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def _fingerprint(options: Options, files: list[Path]) -> str:

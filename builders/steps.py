@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from graphlib import CycleError, TopologicalSorter
@@ -117,14 +117,28 @@ class Graph:
                 if need not in self.steps:
                     raise BuildError(f"build step '{step.name}' needs '{need}', which does not exist: add it")
         try:
-            order = TopologicalSorter({name: step.needs for name, step in self.steps.items()}).static_order()
-            self.order: tuple[str, ...] = tuple(order)
+            TopologicalSorter({name: step.needs for name, step in self.steps.items()}).prepare()
         except CycleError as error:
             raise BuildError(f"build steps need each other in a circle: {' -> '.join(error.args[1])}") from None
+        self.order: tuple[str, ...] = tuple(self._in_order())
         self.keys: dict[str, str] = {}
         for name in self.order:
             step = self.steps[name]
             self.keys[name] = digest([name, step.key, step.output, [self.keys[need] for need in step.needs]])
+
+    def _in_order(self) -> Iterator[str]:
+        """As given, except that a step comes after what it needs."""
+        done: set[str] = set()
+
+        def visit(name: str) -> Iterator[str]:
+            if name not in done:
+                done.add(name)
+                for need in self.steps[name].needs:
+                    yield from visit(need)
+                yield name
+
+        for name in self.steps:
+            yield from visit(name)
 
     def with_needs(self, names: Iterable[str]) -> set[str]:
         """`names` and everything they need, directly or not."""

@@ -62,13 +62,13 @@ def command(
 
 
 def _show(report: object) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from builders.build import Report
+    from ming_trt.cli.output import console
 
     assert isinstance(report, Report)
-    console = Console(markup=False, highlight=False)
+    out = console()
     table = Table("step", "outcome", "seconds", "remark", box=None)
     for name, result in report.results.items():
         remark = result.reason
@@ -77,5 +77,5 @@ def _show(report: object) -> None:
             worst = max((output["relative"] for output in facts["outputs"]), default=0.0)
             remark = facts["reason"] or f"{facts['verdict']}, worst relative error {worst:.2g}"
         table.add_row(name, str(result.outcome), f"{result.seconds:.1f}" if result.seconds else "", remark)
-    console.print(table)
-    console.print(f"{report.bundle}: gate {report.verdict}, {report.seconds:.1f} s")
+    out.print(table)
+    out.print(f"{report.bundle}: gate {report.verdict}, {report.seconds:.1f} s")

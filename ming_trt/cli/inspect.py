@@ -55,14 +55,15 @@ def command(
 
 
 def _show(bundle: Bundle) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ming_trt.cli.output import console
 
     manifest = bundle.manifest
     files = manifest.files
-    console = Console(markup=False, highlight=False)
-    console.print(f"{bundle.path}: {manifest.model.get('name', '')}, preset {manifest.preset.name}, {manifest.target}")
-    console.print(f"gate: {manifest.gate}")
+    out = console()
+    out.print(f"{bundle.path}: {manifest.model.get('name', '')}, preset {manifest.preset.name}, {manifest.target}")
+    out.print(f"gate: {manifest.gate}")
     table = Table("engine", "precision", "MiB", "evidence", "gate", "worst relative", "least SQNR dB", box=None)
     for name, entry in manifest.components.items():
         size = sum(file.size for path, file in files.items() if path.startswith(f"{name}/"))
@@ -78,34 +79,35 @@ def _show(bundle: Bundle) -> None:
             "" if worst is None else f"{worst:.2g}",
             "" if least is None else f"{least:.0f}",
         )
-    console.print(table)
+    out.print(table)
     tensors = Table("engine", "", "name", "type", "shape", box=None)
     for name, entry in manifest.components.items():
         for kind, specs in (("in", entry.inputs), ("out", entry.outputs)):
             for tensor, spec in specs.items():
                 shape = ", ".join(str(size) for size in spec.get("shape", ()))
                 tensors.add_row(name, kind, tensor, str(spec.get("dtype", "")), f"[{shape}]")
-    console.print(tensors)
+    out.print(tensors)
     steps = Table("step", "outcome", "key", "reason", box=None)
     for name, step in manifest.steps.items():
         steps.add_row(name, step.outcome, step.key[:12], step.reason)
-    console.print(steps)
+    out.print(steps)
     sources = Table("checkpoint file", "MiB", "sha256 of its tensors", box=None)
     for name, shard in manifest.checkpoint.items():
         sources.add_row(name, f"{shard['size'] / 2**20:.1f}", str(shard["sha256"])[:16])
-    console.print(sources)
-    console.print("made with " + ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()))
+    out.print(sources)
+    out.print("made with " + ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()))
 
 
 def _show_differences(rows: list[tuple[str, str, str]], first: str, second: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
+    from ming_trt.cli.output import console
+
+    out = console()
     if not rows:
-        console.print("no difference")
+        out.print("no difference")
         return
     table = Table("what", first, second, box=None)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    out.print(table)

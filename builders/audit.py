@@ -1,0 +1,199 @@
+"""Numerics audit of a bundle on request: outputs, layers and determinism (`ming-trt verify`).
+
+The gate (`builders/verify.py`) says whether an engine may be served; this says where and why it may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from builders import registry
+from builders.component import Component, Feeds
+from builders.verify import Array, ComponentReport, run_engine, sample, verify_component
+from ming_trt.bundle import FAILED, PASSED, Bundle
+from ming_trt.errors import BundleError
+
+if TYPE_CHECKING:
+    from builders.layers import LayerReport
+    from ming_trt.checkpoint import Checkpoint
+    from ming_trt.config import MingConfig
+
+# Symbols of the axes along which requests lie beside each other (docs/DESIGN.md, section 4.1).
+_BATCH_AXES = ("B", "batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """One engine run again under another `condition`: bit-equal outputs, or the largest absolute difference."""
+
+    condition: str
+    equal: bool
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was found about one engine; `layers` and `repetitions` are empty unless they were asked for."""
+
+    name: str
+    gate: ComponentReport
+    layers: tuple[LayerReport, ...] = ()
+    repetitions: tuple[Repetition, ...] = ()
+    note: str = ""
+
+    @property
+    def first_divergence(self) -> str:
+        """Canonical name of the first module whose output differs, "" if none does."""
+        return next((layer.name for layer in self.layers if layer.verdict != PASSED), "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "component": self.name,
+            **self.gate.as_dict(),
+            "note": self.note,
+            "first_divergence": self.first_divergence,
+            "layers": [asdict(layer) for layer in self.layers],
+            "determinism": [asdict(repetition) for repetition in self.repetitions],
+        }
+
+
+def audit(
+    bundle: Bundle,
+    folder: Path,
+    names: tuple[str, ...] = (),
+    *,
+    layers: bool = False,
+    determinism: bool = False,
+    memory_limit: int = 0,
+) -> list[Audit]:
+    """Audits the engines `names` (all of the bundle if empty) against the checkpoint in `folder`.
+
+    Raises `BundleError` if the bundle lacks one of them, or has none that can be compared; `CheckpointError` and
+    `ConfigError` as the checkpoint is read.
+    """
+    from ming_trt.checkpoint import Checkpoint
+    from ming_trt.config import load_config
+
+    registry.check_names(names)
+    config, checkpoint = load_config(folder), Checkpoint(folder)
+    chosen = names or tuple(name for name in bundle.manifest.components if name in registry.COMPONENTS)
+    if not chosen:
+        raise BundleError(f"bundle '{bundle.path}' has no engine to compare: build it again")
+    return [_audit(bundle, config, checkpoint, name, layers, determinism, memory_limit) for name in chosen]
+
+
+def _audit(
+    bundle: Bundle,
+    config: MingConfig,
+    checkpoint: Checkpoint,
+    name: str,
+    layers: bool,
+    determinism: bool,
+    memory_limit: int,
+) -> Audit:
+    from builders.layers import compare_layers
+
+    component, entry = registry.component(name), bundle.component(name)
+    reason = component.needs(config, checkpoint)
+    if reason:
+        raise BundleError(f"{name} cannot be compared, since {reason}: give the checkpoint the bundle was built from")
+    thresholds = bundle.preset.thresholds(name)
+    model, threads = bundle.model_path(name), bundle.preset.threads
+    report = verify_component(
+        component,
+        config,
+        checkpoint,
+        model,
+        list(entry.outputs),
+        thresholds,
+        threads=threads,
+        memory_limit=memory_limit,
+    )
+    found = compare_layers(component, config, checkpoint, model, thresholds, threads) if layers else ()
+    repetitions = tuple(_repeat(component, config, model, entry.inputs, entry.outputs)) if determinism else ()
+    return Audit(name, report, found, repetitions, _provenance(bundle, checkpoint, component, config))
+
+
+def _provenance(bundle: Bundle, checkpoint: Checkpoint, component: Component, config: MingConfig) -> str:
+    """A remark if the weight files differ from those the bundle was built from."""
+    names = {info.file for source in component.sources(config).values() for info in map(checkpoint.info, source.names)}
+    other = []
+    for file in sorted(names):
+        known = bundle.manifest.checkpoint.get(file.relative_to(checkpoint.root).as_posix())
+        if known is None or known["size"] != file.stat().st_size:
+            other.append(file.name)
+    return f"the bundle was built from another {', '.join(other)}" if other else ""
+
+
+def _repeat(
+    component: Component,
+    config: MingConfig,
+    model: Path,
+    inputs: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, Mapping[str, Any]],
+) -> list[Repetition]:
+    from ming_trt.runtime.engine import open_engine
+
+    feeds = sample(component, config)
+    engine = open_engine(model, component.name, threads=1)
+    try:
+        first = engine.run(feeds)
+        found = [_difference("the same session again", first, engine.run(feeds))]
+    finally:
+        engine.close()
+    found.append(_difference("a new session", first, run_engine(model, component.name, feeds, 1)))
+    found.append(_difference("2 threads instead of 1", first, run_engine(model, component.name, feeds, 2)))
+    alone = _alone(component.name, model, feeds, inputs, outputs)
+    if alone:
+        found.append(_difference("each request alone instead of in a batch", {n: first[n] for n in alone}, alone))
+    return found
+
+
+def _alone(
+    name: str,
+    model: Path,
+    feeds: Feeds,
+    inputs: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Array]:
+    """Outputs with a batch axis, from one run per row; empty if the engine has no such axis."""
+    axes_in, axes_out = _batch_axes(inputs), _batch_axes(outputs)
+    sizes = {feeds[tensor].shape[axis] for tensor, axis in axes_in.items()}
+    if len(sizes) != 1 or not axes_out:
+        return {}
+    rows = []
+    for row in range(sizes.pop()):
+        part = {
+            tensor: np.ascontiguousarray(np.take(value, [row], axes_in[tensor])) if tensor in axes_in else value
+            for tensor, value in feeds.items()
+        }
+        rows.append(run_engine(model, name, part, 1))
+    return {tensor: np.concatenate([row[tensor] for row in rows], axis) for tensor, axis in axes_out.items()}
+
+
+def _batch_axes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    found = {}
+    for name, spec in tensors.items():
+        for axis, size in enumerate(spec["shape"]):
+            if size in _BATCH_AXES:
+                found[name] = axis
+                break
+    return found
+
+
+def _difference(condition: str, first: Mapping[str, Array], second: Mapping[str, Array]) -> Repetition:
+    equal = all(np.array_equal(first[name], second[name]) for name in first)
+    worst = max((float(np.abs(first[n].astype(np.float64) - second[n]).max(initial=0.0)) for n in first), default=0.0)
+    return Repetition(condition, equal, worst)
+
+
+def report_document(audits: list[Audit]) -> dict[str, Any]:
+    """The JSON document of an audit: `verdict` over all engines, and one entry per engine."""
+    verdict = PASSED if audits and all(found.gate.verdict == PASSED for found in audits) else FAILED
+    return {"verdict": verdict, "components": [found.as_dict() for found in audits]}
