@@ -61,13 +61,17 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, item, str(key), int(numel))
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
-        shape = tuple(int(n) for n in size)
-        contiguous = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        shape: tuple[int, ...] = tuple(int(n) for n in size)
+        count: int = math.prod(shape)
+        nbytes = count * storage.item
+        contiguous: list[int] = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        # torch ignores the strides of empty tensors and of sizes of one
         strided = any(have != want for n, have, want in zip(shape, stride, contiguous, strict=True) if n > 1)
-        if strided and math.prod(shape):
-            raise CheckpointError(f"'{self._file}' holds a tensor {list(shape)} that is not contiguous: save a copy of it")
+        if strided and nbytes:
+            raise CheckpointError(
+                f"'{self._file}' holds a tensor {list(shape)} that is not contiguous: save a copy of it"
+            )
         start, stored = self._offsets.get(storage.key, (0, -1))
-        nbytes = math.prod(shape) * storage.item
         if int(offset) < 0 or int(offset) * storage.item + nbytes > stored:
             raise CheckpointError(f"'{self._file}' is cut short inside a tensor {list(shape)}: download it again")
         return TensorInfo("", shape, storage.dtype, self._file, start + int(offset) * storage.item, nbytes)
@@ -90,7 +94,9 @@ def load_torch_file(file: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"'{file}' is missing: download it again") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"'{file}' is not a torch file of the zip format, or damaged: download it again") from None
+        raise CheckpointError(
+            f"'{file}' is not a torch file of the zip format, or damaged: download it again"
+        ) from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, struct.error) as error:
         raise CheckpointError(f"'{file}' cannot be read ({error!r}): download it again") from None
 

@@ -15,7 +15,7 @@ from ming_trt.errors import CheckpointError, InputError
 
 
 class S3Bpe:
-    """The codec's BPE. `folder` holds `tokenizer.json` and `char_mapping.txt`; `CheckpointError` if they are not usable."""
+    """The codec's BPE, from `tokenizer.json` and `char_mapping.txt` in `folder`. `CheckpointError` if one is unusable."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
@@ -38,7 +38,7 @@ class S3Bpe:
         return len(self._codes)
 
     def encode(self, codes: Sequence[int]) -> list[int]:
-        """Codec codes -> BPE entries. A code whose character the BPE does not know is dropped, as in the official model.
+        """Codec codes -> BPE entries. A code whose character the BPE does not know is dropped, as officially.
 
         Raises `InputError` for a code that has no character at all.
         """
@@ -54,7 +54,9 @@ class S3Bpe:
         codes: list[int] = []
         for entry in entries:
             if not 0 <= entry < len(self._codes):
-                raise InputError(f"audio entry {entry} is outside the {len(self._codes)} entries of the speech vocabulary")
+                raise InputError(
+                    f"audio entry {entry} is outside the {len(self._codes)} entries of the speech vocabulary"
+                )
             codes.extend(self._codes[entry])
         return codes
 
@@ -66,7 +68,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"'{path}' is missing: speech needs the folder talker/s3_bpe of the checkpoint") from None
     try:
         return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
         raise CheckpointError(f"'{path}' is not a tokenizer ({error}): copy it again") from None
 
 

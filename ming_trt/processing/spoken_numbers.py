@@ -10,13 +10,13 @@ _UNITS = ((8, "亿"), (4, "万"), (3, "千"), (2, "百"), (1, "十"))
 
 
 def digit_by_digit(digits: str, *, telephone: bool = False) -> str:
-    """"105" -> "一零五"; one is said 幺 in telephone and other identifying numbers."""
+    """ "105" -> "一零五"; one is said 幺 in telephone and other identifying numbers."""
     spoken = "".join(_DIGITS[int(digit)] for digit in digits)
     return spoken.replace("一", "幺") if telephone else spoken
 
 
 def cardinal(digits: str) -> str:
-    """"1050" -> "一千零五十", "12" -> "十二", "000" -> "零", "" -> ""."""
+    """ "1050" -> "一千零五十", "12" -> "十二", "000" -> "零", "" -> ""."""
     if not digits:
         return ""
     spoken = _spell(digits.lstrip("0"))
@@ -26,7 +26,7 @@ def cardinal(digits: str) -> str:
 
 
 def number(text: str) -> str:
-    """"2000" -> "两千", "3.20" -> "三点二", ".5" -> "零点五". Zeros at the end of a fraction are not said."""
+    """ "2000" -> "两千", "3.20" -> "三点二", ".5" -> "零点五". Zeros at the end of a fraction are not said."""
     whole, _, fraction = text.partition(".")
     spoken = cardinal(whole)
     if spoken[:1] == "二" and spoken[1:2] in tuple("亿万千百"):
