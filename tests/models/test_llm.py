@@ -150,3 +150,67 @@ def test_prompt_and_greedy_steps(
     cases.check(f"{case}.generated_ids", np.array(generated))
     cases.check(f"{case}.decode_logits", torch.stack([logits for logits, _ in steps]))
     cases.check(f"{case}.decode_hidden", torch.stack([hidden for _, hidden in steps]))
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_independent(cases: Cases, config: MingConfig, make_llm: MakeLLM) -> None:
+    """A decode step of three requests of different lengths gives each what it gets alone (float32 sums in another
+    order: 1e-4), whatever lies beyond its length in the cache."""
+    model = make_llm("3D")
+    ids = torch.from_numpy(cases.array("llm.text.input_ids"))
+    lengths, capacity = (5, len(ids) - 1, 1), len(ids) + 2
+    alone, sessions = [], []
+    for length in lengths:
+        session = Session(model, capacity)
+        session.step(ids[:length], torch.arange(length).expand(3, -1))
+        sessions.append([cache.clone() for cache in session.cache])
+        alone.append(session.step(ids[length : length + 1], torch.full((3, 1), length)).outputs)
+    index = torch.tensor(lengths)
+    mask = (torch.arange(capacity) <= index.unsqueeze(1))[:, None, None, :]
+    unused = torch.arange(capacity) >= index.unsqueeze(1)
+    caches = [torch.cat(parts).masked_fill(unused[:, None, :, None], 1e4) for parts in zip(*sessions, strict=True)]
+    got = model(
+        ids[index].unsqueeze(1),
+        torch.zeros(1, config.llm.hidden_size),
+        torch.full((3, 1), -1),
+        torch.zeros(3, 1, dtype=torch.int64),
+        index.expand(3, 3).unsqueeze(-1),
+        index,
+        mask,
+        torch.zeros(3, 1, dtype=torch.int64),
+        *caches,
+    )
+    assert [tuple(out.shape) for out in got[:3]] == [
+        (3, 1, config.llm.vocab_size),
+        *((3, 1, config.llm.hidden_size),) * 2,
+    ]
+    for row, expected in enumerate(alone):
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            assert torch.allclose(a[row], b[0], atol=1e-4)
+        for a, b in zip(got[3:], expected[3:], strict=True):
+            length = lengths[row] + 1
+            assert torch.allclose(a[row, :, :length], b[0, :, :length], atol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_only_where_asked(cases: Cases, config: MingConfig, make_llm: MakeLLM) -> None:
+    model = make_llm("3D")
+    ids = torch.from_numpy(cases.array("llm.text.input_ids")[:6]).unsqueeze(0)
+    session = Session(model, 6)
+    rows = torch.arange(6)
+    common = (
+        torch.zeros(1, config.llm.hidden_size),
+        torch.full_like(ids, -1),
+        torch.zeros_like(ids),
+        rows.expand(3, 1, 6),
+        torch.tensor([0]),
+        (rows <= rows.unsqueeze(1))[None, None],
+    )
+    every = model(ids, *common, rows.unsqueeze(0), *session.cache)[0]
+    some = model(ids, *common, torch.tensor([[5, 0]]), *session.cache)[0]
+    assert torch.allclose(some, every[:, [5, 0]], atol=1e-5)
+
+
+def test_names_match_the_signature(config: MingConfig) -> None:
+    assert len(llm.input_names(config.llm)) == 8 + 2 * config.llm.num_layers
+    assert llm.output_names(config.llm)[:5] == ["logits", "hidden", "embeds", "present_key_0", "present_value_0"]

@@ -1,4 +1,4 @@
-"""Vision and audio towers against the reference, with the tolerances that the cases state (several times the spread)."""
+"""Vision and audio towers against the reference, within the tolerances that the cases state."""
 
 from __future__ import annotations
 
