@@ -22,6 +22,10 @@ COMPONENTS: dict[str, str] = {
     "dit": "builders.dit",
     "vae_encoder": "builders.vae:ENCODER",
     "vae_decoder": "builders.vae:DECODER",
+    "talker": "builders.talker",
+    "flow_encoder": "builders.audio_decoder:ENCODER",
+    "flow_estimator": "builders.audio_decoder:ESTIMATOR",
+    "vocoder": "builders.audio_decoder:VOCODER",
 }
 
 # Copied into `assets/` where the checkpoint has them; patterns are relative to its folder.
@@ -36,6 +40,16 @@ ASSETS: tuple[str, ...] = (
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
+    "talker/config.json",
+    "talker/*.yaml",
+    "talker/s3_bpe/*",
+    "talker/tokenizer*.json",
+    "talker/added_tokens.json",
+    "talker/special_tokens_map.json",
+    "talker/vocab.json",
+    "talker/merges.txt",
+    "talker/*.onnx",
+    "talker/spks/*.pt",
 )
 
 
