@@ -96,7 +96,7 @@ class Picture:
 
 @dataclass(slots=True, eq=False)
 class ImageJob:
-    """One picture on its way. latent: f32 [C, h, w] after `done` steps; reference: that picture's latent, same shape."""
+    """One picture on its way. latent: f32 [C, h, w] after `done` steps; reference: its latent, same shape."""
 
     request: ImageRequest
     seed: int
