@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders import registry
 from builders.code import code_version, project_version, tool_versions
-from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest
+from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
 from builders.workspace import CACHE, Hook, Workspace
 from ming_trt import __version__
 from ming_trt.bundle import (
@@ -239,6 +239,7 @@ class _Plan:
 
         def export(context: Context) -> Mapping[str, Any]:
             facts = component.export(self.config, self.checkpoint, context.work, options)
+            self._check_memory(name)
             return {"precision": precision, **facts}
 
         def gate(context: Context) -> Mapping[str, Any]:
@@ -255,6 +256,14 @@ class _Plan:
             return report.as_dict()
 
         return [Step(name, key, export, output=name), Step(GATE + name, gate_key, gate, (name,))]
+
+    def _check_memory(self, name: str) -> None:
+        peak, limit = peak_memory(), self.options.max_host_memory
+        if limit and peak > limit:
+            raise BuildError(
+                f"building {name} took {peak / 2**20:.0f} MiB of memory, above --max-host-memory "
+                f"{limit / 2**20:.0f} MiB: raise the limit"
+            )
 
     def manifest(self, run: Run) -> Manifest:
         """What the results of a run without failures amount to."""

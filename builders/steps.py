@@ -220,7 +220,7 @@ class Graph:
                 inputs=_inputs(step, results),
                 facts=facts,
                 seconds=round(seconds, 3),
-                peak_bytes=_peak(),
+                peak_bytes=peak_memory(),
             )
             return Result(Outcome.OK, key, record=space.publish(record, work), seconds=seconds)
         except Exception as problem:  # noqa: BLE001 - a library's exception becomes the step's failure, chained for --debug
@@ -260,8 +260,8 @@ def _reset_peak() -> None:
         return
 
 
-def _peak() -> int:
-    """Peak of resident memory since `_reset_peak`, bytes; 0 where the kernel does not tell."""
+def peak_memory() -> int:
+    """Peak of this process's resident memory since the running step began, bytes; 0 where the kernel does not tell."""
     try:
         status = Path("/proc/self/status").read_text("ascii")
     except OSError:

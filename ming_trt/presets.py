@@ -19,7 +19,7 @@ TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 # What each target's builders can make. A precision that the target lacks is refused before any work.
 TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("fp32", "int8", "int4"),
+    "onnxruntime": ("fp32",),
     "tensorrt": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-llm": ("bf16", "fp8"),

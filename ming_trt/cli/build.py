@@ -11,7 +11,7 @@ EXAMPLES = """Examples:
 
 ming-trt build mini -o bundle
 
-ming-trt build CHECKPOINT -o bundle --preset cpu-fp32 --precision llm=int8
+ming-trt build CHECKPOINT -o bundle --preset cpu-fp32 --precision llm=fp32
 
 ming-trt build CHECKPOINT -o bundle --only vision_encoder --only audio_encoder
 """
@@ -24,7 +24,7 @@ def command(
     ),
     preset: str = typer.Option(None, "--preset", help="Name of a preset, or a .toml file. [default: by target]"),
     target: str = typer.Option(None, "--target", help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-llm."),
-    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=int8,...)."),
+    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=fp32,...)."),
     tp: int = typer.Option(1, "--tp", min=1, help="Tensor parallel size (tensorrt-llm)."),
     ep: int = typer.Option(1, "--ep", min=1, help="Expert parallel size (tensorrt-llm)."),
     calibration: Path = typer.Option(None, "--calibration", help="Folder with calibration samples (fp8)."),
