@@ -116,16 +116,19 @@ def connector_config(config: MingConfig) -> ConnectorConfig:
     )
 
 
-def condition_config(config: MingConfig) -> ConditionConfig:
-    """From `transformer/config.json` and the header of `mlp/`. Raises `ConfigError`, `CheckpointError`."""
+def condition_config(config: MingConfig, mlp_hidden: int | None = None) -> ConditionConfig:
+    """From `transformer/config.json` and the header of `mlp/`, unless `mlp_hidden` is given (for a checkpoint that is
+    being written). Raises `ConfigError`, `CheckpointError`."""
     section = _section(config, "transformer/config.json", "transformer")
     joint, pooled = section.count("joint_attention_dim"), section.count("pooled_projection_dim")
     if joint % pooled:
         raise ConfigError(f"{joint} condition channels in '{section.file}' cannot be pooled to {pooled} evenly")
-    shape = Checkpoint(config.folder, "mlp").info(MLP_WIDTH).shape
-    if len(shape) != 2:
-        raise ConfigError(f"'{MLP_WIDTH}' in '{config.folder / 'mlp'}' has shape {list(shape)}: expected a matrix")
-    return ConditionConfig(config.llm.hidden_size, shape[0], joint, pooled, _dit_hidden(section))
+    if mlp_hidden is None:
+        shape = Checkpoint(config.folder, "mlp").info(MLP_WIDTH).shape
+        if len(shape) != 2:
+            raise ConfigError(f"'{MLP_WIDTH}' in '{config.folder / 'mlp'}' has shape {list(shape)}: expected a matrix")
+        mlp_hidden = shape[0]
+    return ConditionConfig(config.llm.hidden_size, mlp_hidden, joint, pooled, _dit_hidden(section))
 
 
 def _dit_hidden(section: Section) -> int:
@@ -136,8 +139,9 @@ def _dit_hidden(section: Section) -> int:
     return hidden
 
 
-def dit_config(config: MingConfig) -> DiTConfig:
-    """From `transformer/config.json` and the headers of `transformer/`. Raises `ConfigError`, `CheckpointError`."""
+def dit_config(config: MingConfig, stored_tables: bool | None = None) -> DiTConfig:
+    """From `transformer/config.json` and the headers of `transformer/`, unless `stored_tables` is given (for a
+    checkpoint that is being written). Raises `ConfigError`, `CheckpointError`."""
     section = _section(config, "transformer/config.json", "transformer")
     section.refuse("vae_ref_channel_cat", False)
     section.refuse("patch_size", 2)
@@ -156,7 +160,10 @@ def dit_config(config: MingConfig) -> DiTConfig:
     hidden = _dit_hidden(section)
     if hidden % 4:
         raise ConfigError(f"denoiser width {hidden} in '{section.file}': expected a multiple of 4")
-    tensors = Checkpoint(config.folder, "transformer")
+    if stored_tables is None:
+        tensors = Checkpoint(config.folder, "transformer")
+        stored_tables = all(name in tensors for name in TABLES)
+    reach = max(max(height, width) for _, height, width in BUCKETS) // vae_config(config).factor // patch
     return DiTConfig(
         channels=channels,
         patch=patch,
@@ -169,10 +176,9 @@ def dit_config(config: MingConfig) -> DiTConfig:
         qk_norm=norm is not None,
         sample_size=section.count("sample_size"),
         table_full_side=table,
-        table_side=min(
-            table, max(max(height, width) for _, height, width in BUCKETS) // vae_config(config).factor // patch
-        ),
-        stored_tables=all(name in tensors for name in TABLES),
+        # of the table's parity, so that a crop of the centre has the same centre
+        table_side=min(table, reach + (table - reach) % 2),
+        stored_tables=stored_tables,
     )
 
 
