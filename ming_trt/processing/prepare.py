@@ -116,9 +116,11 @@ class Processor:
                 pixel_limits=pixel_limits or self.pixel_limits,
                 shape=self.patch_shape,
             )
+            self._check_length(sum(map(self._rows, vision.values())), "at least ")
         films = (part for part in parts if isinstance(part, VideoPart))
         for i, (film, source) in enumerate(zip(films, videos, strict=True)):
             vision["video", i] = process_video(source, film, rng=rng, shape=self.patch_shape)
+            self._check_length(sum(map(self._rows, vision.values())), "at least ")
         audio = self.config.audio
         clips = [process_audio(data, max_frames=audio.max_frames, num_mels=audio.num_mels) for data in audios]
         return self.assemble(spans, vision, clips)
@@ -141,11 +143,7 @@ class Processor:
 
         Raises `InputError` for a prompt that is too long or whose patch tokens do not match the media.
         """
-        if len(input_ids) > self.max_prompt_tokens:
-            raise InputError(
-                f"the prompt has {len(input_ids)} tokens, more than the {self.max_prompt_tokens} that are served: "
-                "shorten the text, or send fewer or smaller media"
-            )
+        self._check_length(len(input_ids))
         tokens = self.config.tokens
         grid = np.asarray([item.grid for item in items], np.int32).reshape(-1, 3)
         positions, delta = position_ids(
@@ -206,6 +204,13 @@ class Processor:
                 run.append(after)
         close_run()
         return ids
+
+    def _check_length(self, tokens: int, least: str = "") -> None:
+        if tokens > self.max_prompt_tokens:
+            raise InputError(
+                f"the prompt has {least}{tokens} tokens, more than the {self.max_prompt_tokens} that are served: "
+                "shorten the text, or send fewer or smaller media"
+            )
 
     def _rows(self, item: VisionInput) -> int:
         return len(item.pixel_values) // self.patch_shape.merge**2
