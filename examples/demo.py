@@ -1,0 +1,133 @@
+"""The whole product on this machine, without a GPU: `make demo`.
+
+Runs the same commands that a user would type, prints each of them, asks one question per modality and prints a latency
+table. Everything it makes lies in `.demo/`; a second run rebuilds only what changed.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ming_trt.errors import MingError
+from ming_trt.serving.client import Answer, Client
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / ".demo"
+READY_S = 120.0
+TOKENS = 24
+
+QUESTIONS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("text", {"text": "Name three uses of a kite."}),
+    ("image", {"text": "What is in this picture?", "images": [HERE / "scene.jpg"]}),
+    ("video", {"text": "What happens in this video?", "videos": [HERE / "clip.mp4"]}),
+    ("audio", {"text": "Please recognize the language of this speech and transcribe it. Format: oral.",
+               "audios": [HERE / "speech.wav"]}),
+)  # fmt: skip
+
+console = Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def run(*arguments: str) -> None:
+    """Runs one `ming-trt` command and shows it; leaves with its exit code if it fails."""
+    console.print(f"\n$ ming-trt {' '.join(arguments)}", style="bold")
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "ming_trt", *arguments], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    console.print(f"  ({time.perf_counter() - started:.1f} s)", style="dim")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@contextmanager
+def server(repository: Path) -> Iterator[str]:
+    """Starts `ming-trt serve`, gives the gRPC address once it is ready, and stops it."""
+    http, grpc, metrics = free_ports(3)
+    arguments = [
+        "serve",
+        str(repository),
+        "--http-port",
+        str(http),
+        "--grpc-port",
+        str(grpc),
+        "--metrics-port",
+        str(metrics),
+    ]
+    console.print(f"\n$ ming-trt {' '.join(arguments)} &", style="bold")
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "ming_trt", *arguments])
+    url = f"localhost:{grpc}"
+    try:
+        with Client(url) as client:
+            while not client.ready(1.0):
+                if process.poll() is not None:
+                    sys.exit(process.returncode or 1)
+                if time.perf_counter() - started > READY_S:
+                    sys.exit(f"the server was not ready after {READY_S:.0f} s: its messages stand above")
+                time.sleep(0.1)
+        console.print(f"  ready after {time.perf_counter() - started:.1f} s", style="dim")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(client: Client, modality: str, question: dict[str, object]) -> Answer:
+    """Asks one question and prints the answer as it streams."""
+    files = [str(f.relative_to(HERE.parent)) for key in ("images", "videos", "audios") for f in question.get(key, ())]  # type: ignore[attr-defined]
+    console.print(f"\n[{modality}] {question['text']} {' '.join(files)}", style="bold")
+    answer = client.ask(**question, sampling={"max_tokens": TOKENS})  # type: ignore[arg-type]
+    for delta in answer:
+        print(delta.text, end="", flush=True)
+    print()
+    return answer
+
+
+def main() -> None:
+    run("mini", str(WORK / "mini"))
+    run("build", str(WORK / "mini"), "-o", str(WORK / "bundle"), "--preset", "mini-cpu")
+    run("repo", str(WORK / "bundle"), "-o", str(WORK / "repo"))
+    console.print(
+        "\nThe mini checkpoint's weights are random: the answers show that every part runs, not what the model knows."
+    )
+    table = Table(
+        "modality", "prompt tokens", "answer tokens", "first token, ms", "whole answer, ms", "tokens/s", box=None
+    )
+    with server(WORK / "repo") as url, Client(url) as client:
+        for modality, question in QUESTIONS:
+            summary = ask(client, modality, question).summary()
+            usage, rate = summary["usage"], summary["tokens_per_s"]
+            table.add_row(
+                modality, str(usage["prompt_tokens"]), str(usage["completion_tokens"]),
+                f"{1000 * (summary['first_token_s'] or summary['seconds']):.0f}", f"{1000 * summary['seconds']:.0f}",
+                f"{rate:.0f}" if rate else "-",
+            )  # fmt: skip
+    console.print("\nLatency on this machine, first request of each kind, one at a time:")
+    console.print(table)
+    console.print("\nAsk it yourself:  .venv/bin/ming-trt serve .demo/repo   and then   .venv/bin/ming-trt ask 'Hello'")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MingError as error:
+        sys.exit(f"error: {error}")
