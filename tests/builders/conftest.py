@@ -1,55 +1,35 @@
-"""Engines of the reference checkpoint, each exported once."""
+"""Fixtures of the build tests: toy engines in place of the registered ones."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from builders.component import ExportOptions
-from builders.registry import component
-from ming_trt.checkpoint import Checkpoint
-from ming_trt.config import MingConfig, load_config
-from ming_trt.golden.cases import Cases
-from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
+from builders import registry
 
-DATA = Path(__file__).parent.parent / "data" / "golden" / "understanding"
-# Another folder of the same form (e.g. untrimmed cases, another seed) can be checked with the same tests.
-FOLDER = Path(os.environ.get("MING_TRT_TEST_UNDERSTANDING", DATA))
-
-OpenEngine = Callable[..., OnnxRuntimeEngine]
+HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def cases() -> Cases:
-    return Cases(FOLDER)
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The registry holds `alpha` and `beta` only."""
+    monkeypatch.syspath_prepend(str(HERE))
+    import toy_components
+
+    monkeypatch.setattr(registry, "COMPONENTS", dict(toy_components.COMPONENTS))
+    yield
+    for toy in (toy_components.ALPHA, toy_components.BETA):
+        toy.fault = ""
+    sys.modules.pop("toy_components", None)
 
 
-@pytest.fixture(scope="session")
-def config() -> MingConfig:
-    return load_config(FOLDER / "checkpoint")
+@pytest.fixture
+def checkpoint(toys: None, tmp_path: Path) -> Path:
+    """A checkpoint of both toys."""
+    import toy_components
 
-
-@pytest.fixture(scope="session")
-def checkpoint() -> Checkpoint:
-    return Checkpoint(FOLDER / "checkpoint")
-
-
-@pytest.fixture(scope="session")
-def open_engine(config: MingConfig, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> OpenEngine:
-    """`open_engine(name, rope="3D", target="onnxruntime", precision="fp32")`."""
-    made: dict[tuple[str, ...], OnnxRuntimeEngine] = {}
-
-    def make(name: str, rope: str = "3D", target: str = "onnxruntime", precision: str = "fp32") -> OnnxRuntimeEngine:
-        key = (name, rope, target, precision)
-        if key not in made:
-            changed = dataclasses.replace(config, llm=dataclasses.replace(config.llm, rope_kind=rope))
-            folder = tmp_path_factory.mktemp(name)
-            component(name).export(changed, checkpoint, folder, ExportOptions(target, precision))
-            made[key] = OnnxRuntimeEngine(folder / "model.onnx", name, threads=1)
-        return made[key]
-
-    return make
+    config = HERE.parent / "data" / "golden" / "understanding" / "checkpoint" / "config.json"
+    return toy_components.write_checkpoint(tmp_path / "checkpoint", config)
