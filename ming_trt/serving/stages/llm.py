@@ -1,0 +1,136 @@
+"""Model `llm`: generates tokens for many requests at once; each has a stream of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from ming_trt.errors import EngineError, MingError
+from ming_trt.processing.request import parse_request
+from ming_trt.runtime.cancel import CancelBoard
+from ming_trt.runtime.events import ErrorEvent, Event, FinishEvent, Handle, TokenEvent
+from ming_trt.runtime.sequence import GenerationRequest
+from ming_trt.runtime.stages import open_llm
+from ming_trt.serving.stages.base import (
+    Array,
+    Stage,
+    board_folder,
+    internal_error,
+    json_array,
+    read,
+    read_bytes,
+    tensors,
+    triton_error,
+)
+from ming_trt.serving.stages.presence import Presence
+
+log = logging.getLogger(__name__)
+
+
+class LLMStage(Stage):
+    """Inputs and outputs: docs/DESIGN.md, 4.2.
+
+    `llm_state` JSON: `id`, `index` (place of the first token in the answer), `cut` (characters before a stop string, or
+    null), and, null until the end, `finish_reason`, `usage` and `timings`.
+    """
+
+    def load(self) -> None:
+        folder = board_folder(self.repository)
+        self.board, self.presence = CancelBoard(folder), Presence(folder)
+        self.llm = open_llm(self.bundle, self.board)
+
+    def finalize(self) -> None:
+        """Called by the server before it unloads the model."""
+        self.llm.close()
+
+    def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
+        """Hands each request to the LLM and returns at once; its answers come from a thread of its own."""
+        for request in requests:
+            sender = request.get_response_sender()
+            started = False
+            try:
+                generation = generation_request(request)
+                self.presence.enter(generation.request_id, self.name)
+                handle = self.llm.submit(generation)
+                worker = threading.Thread(
+                    target=self._stream, args=(sender, handle), name=f"stream-{handle.request_id}", daemon=True
+                )
+                worker.start()
+                started = True
+            except MingError as error:
+                sender.send(pb.InferenceResponse(error=triton_error(error)))
+            except Exception as error:
+                log.exception("stage %s failed", self.name)
+                sender.send(pb.InferenceResponse(error=internal_error(self.name, error)))
+            finally:
+                if not started:
+                    sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _stream(self, sender: Any, handle: Handle) -> None:
+        """Sends the events of one request. Whatever happens, the final flag goes out: without it the client waits."""
+        ended = False
+        try:
+            for event in handle:
+                if isinstance(event, ErrorEvent):
+                    raise event.error
+                arrays = outputs_of(handle.request_id, event)
+                if isinstance(event, FinishEvent):
+                    ended = True
+                    sender.send(pb.InferenceResponse(tensors(arrays)), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                elif arrays:
+                    sender.send(pb.InferenceResponse(tensors(arrays)))
+        except MingError as error:
+            sender.send(pb.InferenceResponse(error=triton_error(error)))
+        except Exception as error:
+            log.exception("stage %s failed", self.name)
+            handle.cancel()
+            sender.send(pb.InferenceResponse(error=internal_error(self.name, error)))
+        finally:
+            if not ended:
+                sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self.presence.leave(handle.request_id)
+            self.board.forget(handle.request_id)
+
+
+def generation_request(request: Any) -> GenerationRequest:
+    """The LLM's request from the tensors of the stages before it. Vision rows come before audio rows."""
+    options = parse_request(read_bytes(request, "options")[0])
+    return GenerationRequest(
+        input_ids=read(request, "input_ids"),
+        modality=read(request, "modality"),
+        positions=read(request, "positions"),
+        position_delta=int(read(request, "position_delta")[0]),
+        feature_index=read(request, "feature_index"),
+        features=np.concatenate([read(request, "vision_rows"), read(request, "audio_rows")]),
+        sampling=options.sampling,
+        request_id=read_bytes(request, "request_id")[0].decode(),
+    )
+
+
+def outputs_of(request_id: str, event: Event) -> Mapping[str, Array]:
+    """The tensors that tell `postprocess` of an event; none for events that do not concern it."""
+    state: dict[str, Any] = {"id": request_id, "index": None, "cut": None}
+    state |= {"finish_reason": None, "usage": None, "timings": None}
+    tokens: Sequence[int] = ()
+    context: Sequence[int] = ()
+    if isinstance(event, TokenEvent):
+        tokens, context = event.token_ids, event.context_ids
+        state |= {"index": event.index, "cut": event.text_length}
+    elif isinstance(event, FinishEvent):
+        state |= {"finish_reason": event.reason, "usage": asdict(event.usage), "timings": asdict(event.timings)}
+        context, state["index"] = event.context_ids, event.usage.completion_tokens
+    elif isinstance(event, ErrorEvent):
+        raise EngineError("an error has no tensors")
+    else:
+        return {}
+    return {
+        "token_ids": np.array(tokens, np.int32),
+        "context_ids": np.array(context, np.int32),
+        "llm_state": json_array(state),
+    }

@@ -1,0 +1,44 @@
+"""Tells a client that waits for ever from one that waits long.
+
+When the process of a decoupled model dies, Triton 2.51 leaves its streams open without a word. So the process notes
+what it works on, and the `cancel` model looks, whenever a client renews its lease, whether that process still lives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ming_trt.serving.supervise import alive
+
+
+class Presence:
+    """Notes in a folder beside the cancel board: request -> process and model that work on it."""
+
+    def __init__(self, board: Path) -> None:
+        self._folder = board.with_name(board.name + ".present")
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def enter(self, request_id: str, model: str) -> None:
+        """This process works on the request from now on."""
+        path = self._path(request_id)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"pid": os.getpid(), "model": model}))
+        temporary.replace(path)
+
+    def leave(self, request_id: str) -> None:
+        """The request has ended here."""
+        self._path(request_id).unlink(missing_ok=True)
+
+    def lost(self, request_id: str) -> str:
+        """The model whose process died while it worked on the request, or ""."""
+        try:
+            note = json.loads(self._path(request_id).read_text())
+        except FileNotFoundError:
+            return ""
+        return "" if alive(int(note["pid"])) else str(note["model"])
+
+    def _path(self, request_id: str) -> Path:
+        return self._folder / hashlib.sha256(request_id.encode()).hexdigest()[:32]

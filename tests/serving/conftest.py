@@ -1,0 +1,52 @@
+"""One real Triton server over the toy stages, for all tests of the session that do not harm it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ming_trt.serving.assemble import assemble
+from ming_trt.serving.client import Client
+from ming_trt.serving.launch import Ports, Server
+
+from .toy_bundle import write_bundle, write_stages
+
+
+def free_ports() -> Ports:
+    """Three ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(3)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return Ports(*(probe.getsockname()[1] for probe in probes))
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+@pytest.fixture(scope="session")
+def toy_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_bundle(folder / "bundle")
+    assemble(folder / "bundle", folder / "repo", source=write_stages(folder / "source"))
+    return folder / "repo"
+
+
+@pytest.fixture(scope="session")
+def toy_server(toy_repository: Path) -> Iterator[Server]:
+    with Server(toy_repository, free_ports(), ready_timeout_s=60, progress=print) as server:
+        yield server
+
+
+@pytest.fixture
+def client(toy_server: Server) -> Iterator[Client]:
+    with Client(toy_server.grpc_url) as client:
+        yield client
+
+
+@pytest.fixture
+def ports() -> Callable[[], Ports]:
+    return free_ports
