@@ -18,7 +18,7 @@ from builders.main_shard import MainShardComponent
 from builders.tensors import TORCH_DTYPES
 from ming_trt.models import detokenizer_weights as weights
 from ming_trt.models.flow import FlowEncoder, FlowEstimator
-from ming_trt.models.hift import Vocoder
+from ming_trt.models.hift import Vocoder, reach
 from ming_trt.speech_config import FlowConfig, HiftConfig, SpeechConfig, load_speech_config, missing_part
 
 if TYPE_CHECKING:
@@ -171,7 +171,13 @@ class HiftVocoder(_Detokenizer):
 
     def facts(self, config: MingConfig, options: ExportOptions) -> Mapping[str, Any]:
         c = _hift(config)
-        return {"sample_rate": c.sample_rate, "hop": c.hop, "mel": c.mel, "harmonics": c.harmonics + 1}
+        return {
+            "sample_rate": c.sample_rate,
+            "hop": c.hop,
+            "mel": c.mel,
+            "harmonics": c.harmonics + 1,
+            "reach": reach(c),
+        }
 
     def sample_feeds(self, config: MingConfig, rng: np.random.Generator) -> Feeds:
         """F0 is given but for the last frames: errors of a predicted one add up in the phase."""

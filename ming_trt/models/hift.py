@@ -196,3 +196,19 @@ class Vocoder(nn.Module):
         source, cycles = self.m_source(f0, phase, noise)
         source = torch.where(source_keep[:, :, None], source_given, source)
         return self.decode(mel, source.flatten(1)), source, f0, cycles
+
+
+def reach(config: HiftConfig) -> int:
+    """Mel frames on either side that a frame's audio can depend on."""
+    samples = 3.0 * config.hop  # conv_pre
+    scale = float(config.hop)
+    for i, (rate, kernel) in enumerate(zip(config.up_rates, config.up_kernels, strict=True)):
+        samples += math.ceil(kernel / rate) * scale  # transposed convolution
+        scale /= rate
+        widest = max(*config.resblock_kernels, config.source_kernels[i])
+        samples += scale * sum((widest - 1) * (d + 1) / 2 for d in config.dilations)
+    samples += 3.0 * scale + config.n_fft  # conv_post, iSTFT
+    sines = 1 + 5  # the source goes from frame to frame, and each sees five frames of mel around it
+    source = math.prod(config.up_rates[1:]) * config.istft_hop + config.n_fft  # its strided convolutions and STFT
+    inner = samples - 3.0 * config.hop + source
+    return max(math.ceil(samples / config.hop), math.ceil(inner / config.hop) + sines)

@@ -15,7 +15,7 @@ from ming_trt.errors import CheckpointError, InputError
 
 
 class S3Bpe:
-    """The codec's BPE, from `tokenizer.json` and `char_mapping.txt` in `folder`. `CheckpointError` if one is unusable."""
+    """The codec's BPE: `tokenizer.json` and `char_mapping.txt` in `folder`. `CheckpointError` if one is unusable."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
