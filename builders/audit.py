@@ -122,13 +122,13 @@ def _audit(
 
 def _provenance(bundle: Bundle, checkpoint: Checkpoint, component: Component, config: MingConfig) -> str:
     """A remark if the weight files differ from those the bundle was built from."""
-    names = {info.file for source in component.sources(config).values() for info in map(checkpoint.info, source.names)}
-    other = []
-    for file in sorted(names):
-        known = bundle.manifest.checkpoint.get(file.relative_to(checkpoint.root).as_posix())
-        if known is None or known["size"] != file.stat().st_size:
-            other.append(file.name)
-    return f"the bundle was built from another {', '.join(other)}" if other else ""
+    from ming_trt.models.weights import source_names
+
+    names = source_names(component.sources(config))
+    if checkpoint.digest(names) == bundle.component(component.name).weights:
+        return ""
+    files = sorted({checkpoint.info(name).file.name for name in names})
+    return f"the engine was built from other weights than those in {', '.join(files)}"
 
 
 def _repeat(

@@ -218,10 +218,11 @@ class _Plan:
         check_sources(sources, self.checkpoint)
         thresholds = self.preset.thresholds(name)
         module = registry.module_of(name)
+        weights = self.checkpoint.digest(source_names(sources), self.cache)
         key = digest(
             {
                 "config": component.config_key(self.config),
-                "weights": self.checkpoint.digest(source_names(sources), self.cache),
+                "weights": weights,
                 "options": [options.target, options.precision],
                 "code": code_version(module),
                 "tools": tool_versions(_EXPORT_TOOLS),
@@ -240,7 +241,7 @@ class _Plan:
         def export(context: Context) -> Mapping[str, Any]:
             facts = component.export(self.config, self.checkpoint, context.work, options)
             self._check_memory(name)
-            return {"precision": precision, **facts}
+            return {"precision": precision, "weights": weights, **facts}
 
         def gate(context: Context) -> Mapping[str, Any]:
             report = verify_component(
@@ -307,7 +308,8 @@ class _Plan:
 
     def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
         verdict = gate.get("verdict", MISSING)
-        rest = {key: value for key, value in facts.items() if key not in ("inputs", "outputs", "precision")}
+        own = ("inputs", "outputs", "precision", "weights")
+        rest = {key: value for key, value in facts.items() if key not in own}
         return ComponentEntry(
             name,
             self.preset.target,
@@ -318,6 +320,7 @@ class _Plan:
             rest,
             gate,
             {PASSED: "matches", FAILED: "ran"}.get(str(verdict), "compiled"),
+            facts["weights"],
         )
 
 

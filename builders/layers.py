@@ -60,6 +60,8 @@ def compare_layers(
     expected = _module_outputs(component, config, checkpoint, feeds)
     graph = onnx.load(str(model), load_external_data=False)
     candidates = _candidates(graph, expected)
+    if not candidates:
+        raise EngineError(f"no node of '{model}' has the name of a module of {component.name}: build it again")
     got = _inner_values(graph, model, {value for nodes in candidates.values() for _, value in nodes}, feeds, threads)
     reports = []
     for module, reference in expected.items():

@@ -52,7 +52,7 @@ class StepEntry:
 class ComponentEntry:
     """An engine. `model` is the file to load, relative to the bundle; `inputs` and `outputs` map names to
     `{"dtype", "shape"}` (a symbol stands for a dynamic size); `facts` is what the builder says the runtime must know;
-    `gate` is the report of its numerics audit (`verdict` and `outputs`)."""
+    `gate` is the report of its numerics audit (`verdict` and `outputs`); `weights` the digest of its source tensors."""
 
     name: str
     target: str
@@ -63,6 +63,7 @@ class ComponentEntry:
     facts: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
     rung: str = "compiled"
+    weights: str = ""
 
     @property
     def verdict(self) -> str:
@@ -119,6 +120,7 @@ class Manifest:
                     "precision": entry.precision,
                     "model": entry.model,
                     "rung": entry.rung,
+                    "weights": entry.weights,
                     "inputs": entry.inputs,
                     "outputs": entry.outputs,
                     "facts": entry.facts,
