@@ -89,8 +89,7 @@ Event = HiddenEvent | TokenEvent | FinishEvent | ErrorEvent
 
 
 class Handle:
-    """One submitted request. Iterate over it once, from any one thread: the last event is a FinishEvent or an
-    ErrorEvent.
+    """One submitted request. Iterate over it from any one thread: the last event is a FinishEvent or an ErrorEvent.
 
     Events wait here without limit (an answer is short, and `max_tokens` bounds it), so a slow reader delays nobody.
     Tokens that arrive faster than they are read come as one TokenEvent.
@@ -100,6 +99,8 @@ class Handle:
         self.request_id = request_id
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._cancelled = threading.Event()
+        self._ahead: Event | None = None
+        self._ended = False
 
     def cancel(self) -> None:
         """Asks for the end: the slot is free at the next step. Harmless after the end."""
@@ -115,22 +116,23 @@ class Handle:
         self._events.put(event)
 
     def __iter__(self) -> Iterator[Event]:
-        waiting: Event | None = None
-        while True:
-            event = self._events.get() if waiting is None else waiting
-            waiting = None
-            while isinstance(event, TokenEvent) and event.text_length is None:
-                try:
-                    waiting = self._events.get_nowait()
-                except Empty:
-                    break
-                if not isinstance(waiting, TokenEvent) or waiting.text_length is not None:
-                    break
-                event = replace(event, token_ids=event.token_ids + waiting.token_ids)
-                waiting = None
+        while not self._ended:
+            event = self._next()
+            self._ended = isinstance(event, FinishEvent | ErrorEvent)
             yield event
-            if isinstance(event, FinishEvent | ErrorEvent):
-                return
+
+    def _next(self) -> Event:
+        """The next event, with the tokens that wait behind it if it is of tokens. What was read too far stays here."""
+        event, self._ahead = self._ahead or self._events.get(), None
+        while isinstance(event, TokenEvent) and event.text_length is None:
+            try:
+                self._ahead = self._events.get_nowait()
+            except Empty:
+                return event
+            if not isinstance(self._ahead, TokenEvent) or self._ahead.text_length is not None:
+                return event
+            event, self._ahead = replace(event, token_ids=event.token_ids + self._ahead.token_ids), None
+        return event
 
     def result(self) -> tuple[list[int], FinishEvent]:
         """Waits for the end. All token ids and the FinishEvent; raises the error of an ErrorEvent."""

@@ -105,7 +105,8 @@ class LLM:
         self.close()
 
     def _work(self) -> None:
-        while True:
+        closing = False
+        while not closing:
             with self._wake:
                 while self._scheduler.idle and not self._inbox and not self._closing:
                     self._wake.wait()
@@ -113,25 +114,27 @@ class LLM:
                     self._scheduler.add(sequence)
                 self._inbox.clear()
                 closing = self._closing
-            cancelled = [each for each in self._scheduler if closing or self._is_cancelled(each)]
-            why = "the server is shutting down" if closing else "its client cancelled it, or its lease ran out"
-            for sequence in cancelled:
+            # Steps guard themselves; this guard is for faults around them, of which all may suffer.
+            self._guard(list(self._scheduler), self._round, closing)
+
+    def _round(self, closing: bool) -> None:
+        why = "the server is shutting down" if closing else "its client cancelled it, or its lease ran out"
+        for sequence in list(self._scheduler):
+            if closing or self._is_cancelled(sequence):
                 self._fail(sequence, CancelledError(f"request '{sequence.handle.request_id}' has ended: {why}"))
-            if closing:
-                return
-            reading = self._scheduler.next_to_read()
-            if reading is not None:
-                self._guard([reading], self._read_chunk, reading)
-            if self._scheduler.decoding:
-                rows = list(self._scheduler.decoding)
-                self._guard(rows, self._decode, rows)
+        reading = self._scheduler.next_to_read()
+        if reading is not None:
+            self._guard([reading], self._read_chunk, reading)
+        if self._scheduler.decoding:
+            rows = list(self._scheduler.decoding)
+            self._guard(rows, self._decode, rows)
 
     def _is_cancelled(self, sequence: Sequence) -> bool:
         handle = sequence.handle
         return handle.cancelled or (self._board is not None and self._board.is_cancelled(handle.request_id))
 
     def _guard(self, sequences: list[Sequence], step: Callable[P, None], *args: P.args, **named: P.kwargs) -> None:
-        """Runs a step; if it raises, the sequences that took part end with the error and the thread goes on."""
+        """Runs a step; if it raises, those of `sequences` that have not ended yet end with the error."""
         try:
             step(*args, **named)
         except MingError as error:
@@ -259,10 +262,12 @@ class LLM:
         sequence.handle.put(FinishEvent(reason, usage, timings, () if cut else _context(sequence)))
 
     def _fail(self, sequence: Sequence, error: MingError) -> None:
-        self._release(sequence)
-        sequence.handle.put(ErrorEvent(error))
+        if not sequence.ended:
+            self._release(sequence)
+            sequence.handle.put(ErrorEvent(error))
 
     def _release(self, sequence: Sequence) -> None:
+        sequence.ended = True
         self._scheduler.release(sequence)
         with self._wake:
             self._load -= 1

@@ -84,6 +84,7 @@ class Sequence:
     slot: int = -1
     read: int = 0  # tokens of the prompt in the cache
     sent: int = 0  # tokens of the answer that went out
+    ended: bool = False
     hidden: list[tuple[Array, Array]] = field(default_factory=list)
     submitted: float = field(default_factory=perf_counter)
     admitted: float = 0.0

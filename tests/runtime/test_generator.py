@@ -304,6 +304,39 @@ def test_a_failed_step_ends_those_that_took_part_and_the_thread_goes_on(tiny_eng
         assert llm.submit(ask(PROMPTS[0])).result()[0] == tiny_llm.greedy(PROMPTS[0], 12)
 
 
+class BrokenBoard(CancelBoard):
+    """A board whose folder cannot be read while `broken`."""
+
+    broken = False
+
+    def is_cancelled(self, request_id: str) -> bool:
+        if self.broken:
+            raise PermissionError("no")
+        return super().is_cancelled(request_id)
+
+
+def test_a_fault_between_the_steps_ends_what_runs_and_the_thread_goes_on(tiny_engine: Engine, tmp_path: Path) -> None:
+    board = BrokenBoard(tmp_path)
+    with LLM(tiny_engine, LLMOptions(slots=2, max_seq_len=4096), board=board) as llm:
+        handles = [llm.submit(ask(PROMPTS[0], 4000)) for _ in range(3)]
+        next(iter(handles[0]))
+        board.broken = True
+        assert all("PermissionError" in str(failure(handle)) for handle in handles)
+        board.broken = False
+        assert llm.submit(ask(PROMPTS[0])).result()[0] == tiny_llm.greedy(PROMPTS[0], 12)
+
+
+def test_a_handle_may_be_left_and_taken_up_again(llm: LLM) -> None:
+    handle, ids = llm.submit(ask(PROMPTS[0])), []
+    for _ in range(100):
+        event = next(iter(handle), None)
+        if event is None:
+            break
+        ids += event.token_ids if isinstance(event, TokenEvent) else ()
+        last = event
+    assert isinstance(last, FinishEvent) and ids == tiny_llm.greedy(PROMPTS[0], 12)
+
+
 def test_an_option_that_leaves_no_token_ends_its_request_only(llm: LLM) -> None:
     doomed = ask(range(tiny_llm.V), 3, no_repeat_ngram_size=1)
     handles = [llm.submit(doomed), llm.submit(ask(PROMPTS[0]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from builders.registry import component
 from ming_trt.bundle import Bundle, ComponentEntry, Manifest
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import MingConfig, load_config
-from ming_trt.errors import InputError
+from ming_trt.errors import EngineError, InputError
 from ming_trt.golden.cases import Cases
 from ming_trt.golden.tokenizer import ByteTokenizer
 from ming_trt.presets import Preset, Profile
@@ -161,20 +162,25 @@ def test_requests_that_decode_together_get_the_reference_tokens(
             assert handle.result()[0] == expected(cases, name), name
 
 
+def test_rows_that_are_not_finite_end_their_request_only(
+    cases: Cases, engines: dict[str, Engine], requests: dict[str, GenerationRequest]
+) -> None:
+    """The experts, too, must survive a row that is not a number."""
+    good = requests["image"]
+    bad = dataclasses.replace(good, features=np.full_like(good.features, np.nan))
+    with LLM(engines["llm"], options(slots=2)) as llm:
+        handles = [llm.submit(request) for request in (good, bad, bad, good)]
+        for handle in handles[1:3]:
+            with pytest.raises(EngineError, match="not finite"):
+                handle.result()
+        for handle in (handles[0], handles[3]):
+            assert handle.result()[0] == expected(cases, "image")
+
+
 def test_the_prefill_rows_are_the_references(
     cases: Cases, engines: dict[str, Engine], requests: dict[str, GenerationRequest]
 ) -> None:
-    given = requests["image_audio"]
-    request = GenerationRequest(
-        given.input_ids,
-        given.modality,
-        given.positions,
-        given.position_delta,
-        given.feature_index,
-        given.features,
-        Sampling(max_tokens=0),
-        want_hidden="all",
-    )
+    request = dataclasses.replace(requests["image_audio"], sampling=Sampling(max_tokens=0), want_hidden="all")
     with LLM(engines["llm"], options(prefill_chunk=16)) as llm:
         event = next(iter(llm.submit(request)))
     assert isinstance(event, HiddenEvent)
