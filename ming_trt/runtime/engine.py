@@ -141,9 +141,12 @@ def _names(names: Iterable[str]) -> str:
 def _check_array(stage: str, spec: TensorSpec, array: Array, symbols: dict[str, tuple[int, str]]) -> None:
     if not isinstance(array, np.ndarray):
         raise EngineError(f"engine '{stage}' got a {type(array).__name__} for '{spec.name}': give an array, {spec}")
-    if array.dtype != spec.dtype or array.ndim != len(spec.shape):
+    # Called for every cache array of every step: equal dtypes are mostly one object, which is quicker to see.
+    if (array.dtype is not spec.dtype and array.dtype != spec.dtype) or array.ndim != len(spec.shape):
         raise EngineError(f"engine '{stage}' got {array.dtype} {list(array.shape)} for '{spec.name}': it takes {spec}")
     for got, wanted in zip(array.shape, spec.shape, strict=True):
+        if got == wanted:
+            continue
         if isinstance(wanted, str):
             known, other = symbols.setdefault(wanted, (got, spec.name))
             if got != known:

@@ -52,8 +52,9 @@ class OnnxRuntimeEngine:
         # A plan of the allocations is kept for every shape that was ever seen; ours have no end.
         options.enable_mem_pattern = False
         options.log_severity_level = 3
-        self._run_options = ort.RunOptions()
+        self._run_options = None
         if shrink_memory:
+            self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
             session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -86,9 +87,9 @@ class OnnxRuntimeEngine:
             # A copy would part an input from the output that shares its memory, but only contiguous arrays pass as one.
             array = np.ascontiguousarray(feeds[name])
             kept.append(array)
-            binding.bind_input(name, "cpu", 0, spec.dtype.type, array.shape, array.ctypes.data)
+            binding.bind_input(name, "cpu", 0, spec.dtype.type, array.shape, _address(array))
         for name, array in into.items():
-            binding.bind_output(name, "cpu", 0, self.outputs[name].dtype.type, array.shape, array.ctypes.data)
+            binding.bind_output(name, "cpu", 0, self.outputs[name].dtype.type, array.shape, _address(array))
         made = [name for name in (self.outputs if outputs is None else outputs) if name not in into]
         for name in made:
             binding.bind_output(name, "cpu")
@@ -116,6 +117,10 @@ def _specs(stage: str, arguments: Any) -> dict[str, TensorSpec]:
             )
         specs[argument.name] = TensorSpec(argument.name, np.dtype(_DTYPES[argument.type]), tuple(argument.shape))
     return specs
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _short(error: Exception) -> str:

@@ -8,7 +8,7 @@ holds row n.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import perf_counter
 
 from ming_trt.runtime.kv_cache import KVCache
@@ -71,10 +71,3 @@ class Scheduler:
             sequence.slot = -1
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-
-    def release_where(self, condition: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Releases all sequences for which `condition` holds, and returns them."""
-        found = [sequence for sequence in self if condition(sequence)]
-        for sequence in found:
-            self.release(sequence)
-        return found
