@@ -191,6 +191,8 @@ def _decode_with_ffmpeg(data: bytes, max_seconds: float | None, reason: str) -> 
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.audio:
                 raise InputError("the file has no audio stream: send a recording")
+            if container.streams.audio[0].codec_context is None:
+                raise InputError("the audio's codec is not known here: send WAV, FLAC, OGG or MP3")
             resampler = av.AudioResampler(format="fltp")
             for frame in container.decode(container.streams.audio[0]):
                 rate = frame.sample_rate

@@ -169,16 +169,21 @@ def _decoded(source: bytes | Path) -> Iterator[av.VideoFrame]:
             if not container.streams.video:
                 raise InputError("the file has no video stream: send it as audio, or send a video")
             stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_FRAME_PIXELS:
-                raise InputError(
-                    f"the video has {stream.width}x{stream.height} pixels a frame, more than {MAX_FRAME_PIXELS}: "
-                    "scale it down"
-                )
-            yield from container.decode(stream)
+            if stream.codec_context is None:
+                raise InputError("the video's codec is not known here: send H.264, H.265, VP9, AV1 or MPEG-4")
+            _check_frame_size(stream.width, stream.height)
+            for frame in container.decode(stream):
+                _check_frame_size(frame.width, frame.height)
+                yield frame
     except (av.FFmpegError, ValueError, OSError) as error:
         raise InputError(
             f"the video cannot be decoded ({_reason(error)}): send an intact mp4, mkv, webm or avi"
         ) from None
+
+
+def _check_frame_size(width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise InputError(f"the video has {width}x{height} pixels a frame, more than {MAX_FRAME_PIXELS}: scale it down")
 
 
 def count_frames(source: bytes | Path) -> tuple[int, float]:

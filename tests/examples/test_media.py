@@ -50,7 +50,7 @@ def test_the_speech_is_two_seconds() -> None:
 
 
 def test_the_files_are_what_the_script_draws(tmp_path: Path) -> None:
-    """Samples exactly; pixels to one level, since drawing differs in the last bit between versions of Pillow."""
+    """Samples to one unit and pixels to one level on average: libraries differ in the last bit between versions."""
     samples, rate = soundfile.read(EXAMPLES / "speech.wav", dtype="int16")
     assert rate == make_media.SAMPLE_RATE
     assert np.abs(samples.astype(int) - make_media.speech()).max() <= 1

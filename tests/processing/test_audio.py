@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ming_trt.errors import InputError
@@ -56,7 +56,6 @@ def test_tokens_are_two_halvings_rounded_up(frames: int) -> None:
     assert audio_tokens(frames) == ((frames - 1) // 2 + 1 - 1) // 2 + 1
 
 
-@settings(deadline=None)
 @given(st.integers(MIN_SAMPLES, 5000))
 def test_every_160_samples_make_a_frame(samples: int) -> None:
     got = process_waveform(np.resize(NOISE, samples))
@@ -168,7 +167,6 @@ def test_a_clip_beyond_the_table_is_refused_and_one_that_fills_it_is_not() -> No
 
 
 @given(st.integers(0, 400), st.integers(0, 255), st.sampled_from(["WAV", "FLAC", "OGG"]))
-@settings(deadline=None)
 def test_a_damaged_file_gives_features_or_an_input_error(place: int, value: int, form: str) -> None:
     data = bytearray(wav(NOISE[:800], form=form))
     data[place % len(data)] = value

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from ming_trt.processing.bicubic import resize_frames
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(20, 300), st.integers(20, 300), st.integers(1, 10), st.integers(1, 10), st.integers(0, 99))
 def test_frames_equal_torch_s_antialiased_bicubic(h: int, w: int, cells_h: int, cells_w: int, seed: int) -> None:
     torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -95,7 +95,6 @@ kinds = st.sampled_from(["image", "video", "audio", "text"])
 
 
 @given(st.lists(kinds, min_size=1, max_size=7), st.data())
-@settings(deadline=None)
 def test_any_mix_of_media_is_indexed_in_the_order_of_the_text(order: list[str], data: st.DataObject) -> None:
     vision, clips, sizes = {}, [], []
     counts = {"image": 0, "video": 0}

@@ -4,7 +4,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -178,6 +178,7 @@ def test_unusable_videos_are_refused_with_a_sentence(tmp_path: Path, monkeypatch
 
 
 @given(st.integers(0, len(FILM) - 1), st.integers(0, 255))
+@example(344, 0)  # a codec that nobody knows
 def test_a_damaged_film_gives_patches_or_an_input_error(place: int, value: int) -> None:
     data = bytearray(FILM)
     data[place] = value
