@@ -14,7 +14,7 @@ from ming_trt.runtime.flow_match import MAX_STEPS, Branch, FlowMatchSchedule, Gu
 
 from ..picture import cases, config
 
-U, I, X, F = (False, False), (False, True), (True, False), (True, True)
+NEITHER, PICTURE, PROMPT, BOTH = (False, False), (False, True), (True, False), (True, True)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ NUMBERS = st.floats(-10, 10, width=32)
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.floats(0, 20, width=32), st.floats(1.015625, 20, width=32))
 def test_guidance_formulas(u: float, i: float, x: float, f: float, g: float, a: float) -> None:
-    values = {U: u, I: i, X: x, F: f}
+    values = {NEITHER: u, PICTURE: i, PROMPT: x, BOTH: f}
     expected = {
         1: u + a * (i - u) + g * (f - i),
         2: u + a * (i - u),
