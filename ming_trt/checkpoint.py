@@ -135,10 +135,16 @@ class Checkpoint:
 
     def read_bytes(self, name: str) -> bytearray:
         """The stored bytes of a tensor (little-endian, row-major)."""
+        return self.read_range(name, 0, self.info(name).nbytes)
+
+    def read_range(self, name: str, start: int, end: int) -> bytearray:
+        """Bytes `start` to `end` of those of `read_bytes`; only they are read."""
         info = self.info(name)
-        data = bytearray(info.nbytes)
+        if not 0 <= start <= end <= info.nbytes:
+            raise ValueError(f"bytes {start} to {end} of '{name}', which has {info.nbytes}")
+        data = bytearray(end - start)
         with _open(info.file) as file:
-            file.seek(info.offset)
+            file.seek(info.offset + start)
             _fill(file, memoryview(data), info)
         return data
 
