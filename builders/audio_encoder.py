@@ -26,6 +26,7 @@ class Audio(MainShardComponent):
 
     name = "audio_encoder"
     marker = "audio.conv1.weight"
+    many_rows = True
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:
         return {**asdict(config.audio), "llm_hidden_size": config.llm.hidden_size}

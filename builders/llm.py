@@ -27,6 +27,8 @@ class LLM(MainShardComponent):
 
     name = "llm"
     marker = "model.model.word_embeddings.weight"
+    # the routers choose experts: an error there is not small
+    keep_float = (".gates.",)
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:
         return asdict(config.llm)

@@ -30,6 +30,10 @@ class MainShardComponent(ABC):
     name: str
     # a tensor that a checkpoint with this component has
     marker: str
+    # parts of the names of weights that a quantised precision leaves in float32
+    keep_float: tuple[str, ...] = ()
+    # whether every run has dozens of rows, so that quantising activations pays
+    many_rows: bool = False
 
     def needs(self, config: MingConfig, checkpoint: Checkpoint) -> str | None:
         """None if the checkpoint has this component, else the reason in one sentence."""
@@ -66,7 +70,7 @@ class MainShardComponent(ABC):
         model = self.graph(config, options)
         bind_weights(model, weight_streams(self.sources(config), checkpoint, options.float_precision))
         if options.target == "onnxruntime":
-            lower(model, options.precision)
+            lower(model, options.precision, keep=self.keep_float, many_rows=self.many_rows)
         add_bodies(model, options.float_precision)
         return model
 

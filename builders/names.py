@@ -16,12 +16,25 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
-def scope(node: ir.Node) -> str:
-    """`layers.0.attention` as `/layers.0/attention/`, "/" for what no module claims. Indices stay with their list."""
+def _module(node: ir.Node) -> str | None:
+    """The dotted name of the module that made a node ("" for the outermost), None if the node does not say."""
     text = node.metadata_props.get(_SCOPES)
-    scopes = ast.literal_eval(text) if text else []
+    if text is None:
+        return None
+    scopes = ast.literal_eval(text)
     # the last entry is the operator; the one before it is the innermost module
-    module = scopes[-2] if len(scopes) > 1 and scopes[-2] != _NO_MODULE else ""
+    return scopes[-2] if len(scopes) > 1 and scopes[-2] != _NO_MODULE else ""
+
+
+def scope(node: ir.Node) -> str:
+    """`layers.0.attention` as `/layers.0/attention/`, "/" for what no module claims. Indices stay with their list.
+
+    A node that an optimisation made belongs to the module that uses its result.
+    """
+    module = _module(node)
+    if module is None:
+        users = (user for value in node.outputs for user in value.consumers())
+        module = next((found for user in users if (found := _module(user)) is not None), "")
     path = ""
     for part in module.split("."):
         path += f".{part}" if part.isdigit() else f"/{part}"
@@ -36,8 +49,9 @@ def canonical_names(model: ir.Model) -> None:
     """
     seen: Counter[str] = Counter()
     graph = model.graph
-    for node in graph:
-        name = scope(node) + node.op_type
+    scopes = [scope(node) for node in graph]
+    for node, prefix in zip(graph, scopes, strict=True):
+        name = prefix + node.op_type
         repeat = seen[name]
         seen[name] += 1
         node.name = f"{name}_{repeat}" if repeat else name

@@ -38,6 +38,7 @@ class Vision(MainShardComponent):
 
     name = "vision_encoder"
     marker = "vision.patch_embed.proj.weight"
+    many_rows = True
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:
         return {**asdict(config.vision), "llm_hidden_size": config.llm.hidden_size}

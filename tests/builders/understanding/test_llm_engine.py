@@ -100,7 +100,7 @@ def part(row: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
 def test_prompt_and_greedy_steps(
     cases: Cases, config: MingConfig, open_engine: OpenEngine, name: str, chunk: int | None, target: str
 ) -> None:
-    """Logits and hidden states of the prompt, whole and in chunks, then 8 greedy steps; contrib operators and bodies."""
+    """Logits and hidden states of the prompt, whole and in chunks, then 8 greedy steps; both targets' graphs."""
     case = f"llm.{name}"
     row, features = prompt(cases, config, open_engine, case)
     count = len(row["ids"])

@@ -1,0 +1,98 @@
+"""Weight quantisation for ONNX Runtime's CPU kernels: block-wise 8 and 4 bits, and per-column int8.
+
+Block-wise (`MatMulNBits`, `QMoE`): each run of `block` weights of a row shares a float32 scale; codes are unsigned with
+the zero point 2^(bits-1), `weight = (code - zero) * scale`; two 4-bit codes share a byte, the first in its low half.
+Per column (`DynamicQuantizeMatMul`): one scale per output, signed codes.
+All functions take one matrix [rows, width] at a time, so that a stack of experts streams through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from builders.tensors import Array
+
+BLOCKS = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOnly:
+    """Bits of the experts' matrices, of other linear layers and of the output projection over the vocabulary.
+
+    Activations stay float32 between operators. The projection decides which token is chosen, and is read once per
+    step: it keeps 8 bits.
+    """
+
+    experts: int
+    linears: int
+    head: int = 8
+
+
+SCHEMES = {"int8": WeightOnly(experts=8, linears=8), "int4": WeightOnly(experts=4, linears=4)}
+
+
+def block_for(*widths: int) -> int | None:
+    """The largest block that divides all `widths`, None if there is none."""
+    return next((block for block in BLOCKS if all(width % block == 0 for width in widths)), None)
+
+
+def _blocks(matrix: Array, block: int) -> torch.Tensor:
+    """[rows, blocks, block] float32; a last block that is not full is filled with zeros."""
+    weight = torch.from_numpy(np.asarray(matrix, np.float32))
+    missing = -weight.shape[1] % block
+    if missing:
+        weight = torch.nn.functional.pad(weight, (0, missing))
+    return weight.reshape(len(weight), -1, block)
+
+
+def _block_scales(blocks: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, blocks]: the value that is largest in magnitude becomes the code farthest from zero, -2^(bits-1)."""
+    place = blocks.abs().argmax(dim=-1, keepdim=True)
+    extreme = blocks.gather(-1, place).squeeze(-1)
+    return extreme / -float(1 << (bits - 1))
+
+
+def block_scales(matrix: Array, bits: int, block: int) -> Array:
+    """Scales float32 [rows, ceil(width / block)]; they may be negative."""
+    scales: Array = _block_scales(_blocks(matrix, block), bits).numpy()
+    return scales
+
+
+def block_codes(matrix: Array, bits: int, block: int) -> Array:
+    """Codes uint8 [rows, ceil(width / block), block * bits / 8]."""
+    zero = 1 << (bits - 1)
+    blocks = _blocks(matrix, block)
+    scales = _block_scales(blocks, bits).unsqueeze(-1)
+    # a block of zeros has the scale 0: any code is right, take the zero point
+    inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+    codes = (blocks * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: Array = codes.numpy()
+    return packed
+
+
+def dequantized(codes: Array, scales: Array, bits: int, width: int) -> Array:
+    """The float32 matrix [rows, width] that codes [rows, blocks, bytes] and scales [rows, blocks] stand for."""
+    if bits == 4:
+        codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
+    values = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    matrix: Array = values.reshape(len(codes), -1)[:, :width]
+    return matrix
+
+
+def column_scales(matrix: Array) -> Array:
+    """Scales float32 [rows] of `matrix` [rows, width]; never 0."""
+    extreme = np.abs(np.asarray(matrix, np.float32)).max(axis=1)
+    scales: Array = np.where(extreme == 0, np.float32(1), extreme / np.float32(127)).astype(np.float32)
+    return scales
+
+
+def column_codes(matrix: Array) -> Array:
+    """Signed codes int8 [width, rows], transposed as the kernel wants them."""
+    weight = np.asarray(matrix, np.float32)
+    codes: Array = np.rint(weight / column_scales(weight)[:, None]).astype(np.int8).T
+    return codes
