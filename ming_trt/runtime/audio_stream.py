@@ -99,13 +99,17 @@ class OfficialStream:
         self._frames = 0
         self._mel = np.empty((detokenizer.mel, 0), np.float32)
         self._source = np.empty((0, detokenizer.hop), np.float32)
-        self._tail = np.empty(0, np.float32)
-        self._fade = np.hamming(2 * OVERLAP * detokenizer.hop)
+        self.held_back = np.empty(0, np.float32)
+        self.fade = np.hamming(2 * OVERLAP * detokenizer.hop)
 
     @property
     def codes(self) -> int:
         """Codes so far."""
         return len(self._codes)
+
+    def hold(self, codes: Sequence[int]) -> None:
+        """Takes codes without making audio, for utterances that are not streamed."""
+        self._codes += codes
 
     def push(self, codes: Sequence[int]) -> Iterator[Floats]:
         """Audio that these codes complete."""
@@ -119,7 +123,7 @@ class OfficialStream:
             out = self.vocode(mel, self._source)
             audio = self._join(out.audio)
             keep = OVERLAP * self._d.hop
-            self._mel, self._source, self._tail = mel[:, -OVERLAP:], out.source[-OVERLAP:], audio[-keep:]
+            self._mel, self._source, self.held_back = mel[:, -OVERLAP:], out.source[-OVERLAP:], audio[-keep:]
             yield audio[:-keep]
 
     def finish(self) -> Floats:
@@ -138,9 +142,9 @@ class OfficialStream:
 
     def _join(self, audio: Floats) -> Floats:
         """Cross-fades the first frames with those that were held back."""
-        if not self._tail.size:
+        if not self.held_back.size:
             return audio
-        half = len(self._fade) // 2
+        half = len(self.fade) // 2
         audio = audio.copy()
-        audio[:half] = audio[:half] * self._fade[:half] + self._tail * self._fade[half:]
+        audio[:half] = audio[:half] * self.fade[:half] + self.held_back * self.fade[half:]
         return audio
