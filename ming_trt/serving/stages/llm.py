@@ -52,11 +52,12 @@ class LLMStage(Stage):
     def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
         """Hands each request to the LLM and returns at once; its answers come from a thread of its own."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender, request_id = request.get_response_sender(), ""
             started = False
             try:
                 generation = generation_request(request)
-                self.presence.enter(generation.request_id, self.name)
+                request_id = generation.request_id
+                self.presence.enter(request_id, self.name)
                 handle = self.llm.submit(generation)
                 worker = threading.Thread(
                     target=self._stream, args=(sender, handle), name=f"stream-{handle.request_id}", daemon=True
@@ -71,6 +72,7 @@ class LLMStage(Stage):
             finally:
                 if not started:
                     sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                    self._forget(request_id)
 
     def _stream(self, sender: Any, handle: Handle) -> None:
         """Sends the events of one request. Whatever happens, the final flag goes out: without it the client waits."""
@@ -94,8 +96,11 @@ class LLMStage(Stage):
         finally:
             if not ended:
                 sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            self.presence.leave(handle.request_id)
-            self.board.forget(handle.request_id)
+            self._forget(handle.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self.presence.leave(request_id)
+        self.board.forget(request_id)
 
 
 def generation_request(request: Any) -> GenerationRequest:

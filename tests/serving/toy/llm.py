@@ -38,7 +38,7 @@ class Echo:
             if text == "fail midway" and i == 3:
                 return handle.put(ErrorEvent(EngineError("the llm gave logits that are not finite")))
             if text == "bug midway" and i == 3:
-                return handle.put(None)
+                return handle.put(TokenEvent(("no number",), i))
             if text == "die in llm" and i == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             token = answer[i % len(answer)]
