@@ -16,8 +16,9 @@ from PIL import Image
 from ming_trt.golden.image_host import replay_host, unknown_groups
 from ming_trt.golden.llm_driver import Floats, LLMDriver
 from ming_trt.golden.session import NotRun, Session
+from ming_trt.processing.draw import DrawOptions
 from ming_trt.runtime.flow_match import FlowMatchSchedule, Guidance
-from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageOptions, ImageRequest, Prompt
+from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageRequest, Prompt
 
 GROUPS = ("prompt", "ratio", "ref", "sched", "cond", "dit", "vae", "loop", "e2e")
 SPEECH = ("bpe", "talker", "flow", "hift", "stream")
@@ -221,8 +222,8 @@ def _loop(session: Session, engines: ImageEngines, case: str, prompts: dict[str,
     steps = int(settings["steps"])
     sigmas, times = engines.schedule.levels(steps)
     hidden = np.zeros((1, session.config.llm.hidden_size), np.float32)
-    request = ImageRequest(hidden, ImageOptions(steps=steps, guidance=guidance))
-    job = ImageJob(request, 0, prompts[kind], reference, noise, sigmas, times, {"denoise": 0.0})
+    request = ImageRequest(hidden, DrawOptions(steps=steps))
+    job = ImageJob(request, 0, prompts[kind], reference, noise, sigmas, times, guidance, {"denoise": 0.0})
     latents, velocities = [], []
     while not job.finished:
         engines.step([job])
@@ -270,8 +271,14 @@ def _whole(session: Session, engines: ImageEngines, kind: str) -> None:
     rows = cases.arrays[f"{case}.inputs_embeds_query"]["shape"][0]
     session.add(case, "engine", f"{case}.inputs_embeds_query", embeds[-APPENDED:][:rows])
     height, width = settings.get("requested_size", (512, 512))
-    guidance = Guidance(float(settings["cfg"]), float(settings.get("image_cfg", 1.0)), int(settings.get("cfg_mode", 1)))
-    options = ImageOptions(height, width, int(settings["steps"]), guidance)
+    options = DrawOptions(
+        width=width,
+        height=height,
+        steps=int(settings["steps"]),
+        cfg=float(settings["cfg"]),
+        image_cfg=float(settings.get("image_cfg", 1.0)),
+        cfg_mode=int(settings.get("cfg_mode", 1)),
+    )
     # the last delimiter follows the query rows
     used = np.ascontiguousarray(hidden[-1 - USED : -1])
     session.add(case, "engine", f"{case}.condition", engines.condition(used)[0])

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ming_trt.errors import InputError
+from ming_trt.processing.draw import MAX_STEPS
 
 F32 = npt.NDArray[np.float32]
-
-MAX_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,6 @@ _U: Branch = (False, False)
 _I: Branch = (False, True)
 _X: Branch = (True, False)
 _F: Branch = (True, True)
-MODES = (1, 2, 3, 4, 5, 6)
 _MODE_BRANCHES: dict[int, tuple[Branch, ...]] = {
     1: (_U, _I, _F),
     2: (_U, _I),
@@ -75,14 +73,6 @@ class Guidance:
     cfg: float = 5.0
     image_cfg: float = 1.0
     mode: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.cfg <= 50:
-            raise InputError(f"cfg {self.cfg:g}: choose between 0 and 50 (5 is the model's default)")
-        if not 0 <= self.image_cfg <= 50:
-            raise InputError(f"image cfg {self.image_cfg:g}: choose between 0 and 50 (1 turns it off)")
-        if self.mode not in MODES:
-            raise InputError(f"cfg mode {self.mode}: choose one of 1 to 6 (1 is the model's default)")
 
     def branches(self, reference: bool) -> tuple[Branch, ...]:
         """The denoiser evaluations a step needs: (with condition, with reference), 2 or 3 of them."""

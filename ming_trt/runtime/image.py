@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ming_trt.errors import BundleError, EngineError, InputError
+from ming_trt.processing.draw import DrawOptions
 from ming_trt.processing.image_size import FittedSize, requested_size
 from ming_trt.processing.query import USED
 from ming_trt.processing.reference import Reference
@@ -31,38 +32,11 @@ SEEDS = 65535  # random seeds are drawn from [0, SEEDS), as the reference does
 
 
 @dataclass(frozen=True, slots=True)
-class ImageOptions:
-    """How a picture is drawn. `height` and `width` in pixels are asked for, the bucket nearest to them is drawn; an
-    edit takes the size of its reference picture instead. `seed` None or negative: a random one. `preview_every` steps
-    a preview is made, 0 = none."""
-
-    height: int = 512
-    width: int = 512
-    steps: int = 30
-    guidance: Guidance = field(default_factory=Guidance)
-    seed: int | None = 0
-    preview_every: int = 0
-
-    def __post_init__(self) -> None:
-        if self.preview_every < 0:
-            raise InputError(f"a preview every {self.preview_every} steps: choose 1 or more, or 0 for none")
-        if self.seed is not None and self.seed >= 1 << 64:
-            raise InputError(f"seed {self.seed}: choose one below 2^64, or none for a random one")
-
-
-# The defaults of the release of July 2025, and those that its successor of September set.
-PRESETS: Mapping[str, ImageOptions] = {
-    "july": ImageOptions(),
-    "september": ImageOptions(guidance=Guidance(image_cfg=2.0), seed=None),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class ImageRequest:
     """hidden: f32 [256, H], post-norm LLM rows of the last query scale. `noise` f32 [C, h, w] replaces the seed's."""
 
     hidden: F32
-    options: ImageOptions = field(default_factory=ImageOptions)
+    options: DrawOptions = field(default_factory=DrawOptions)
     reference: Reference | None = None
     request_id: str = ""
     noise: F32 | None = None
@@ -105,6 +79,7 @@ class ImageJob:
     latent: F32
     sigmas: F32
     times: F32
+    guidance: Guidance
     seconds: dict[str, float]
     velocity: F32 | None = None
     done: int = 0
@@ -176,7 +151,7 @@ class ImageEngines:
         """Everything that happens once per picture, before the first step. Raises `InputError`, `EngineError`."""
         options, size = request.options, request.size
         sigmas, times = self.schedule.levels(options.steps)
-        seed = secrets.randbelow(SEEDS) if options.seed is None or options.seed < 0 else options.seed
+        seed = secrets.randbelow(SEEDS) if options.seed < 0 else options.seed
         shape = (self.channels, size.height // self.factor, size.width // self.factor)
         noise = initial_noise(seed, shape) if request.noise is None else request.noise
         if noise.shape != shape:
@@ -187,20 +162,21 @@ class ImageEngines:
         conditioned = perf_counter()
         reference = None if request.reference is None else self.encode(request.reference)
         seconds = {"condition": conditioned - began, "encode": perf_counter() - conditioned, "denoise": 0.0}
-        return ImageJob(request, seed, prompt, reference, noise, sigmas, times, seconds)
+        guidance = Guidance(options.cfg, options.image_cfg, options.cfg_mode)
+        return ImageJob(request, seed, prompt, reference, noise, sigmas, times, guidance, seconds)
 
     def step(self, jobs: Sequence[ImageJob]) -> None:
         """One denoising step of every job, in one run of the denoiser. All are of one `group` and unfinished."""
         began = perf_counter()
         if len({job.group for job in jobs}) != 1:
             raise EngineError("jobs of different sizes cannot share a denoising step: step them one group at a time")
-        branches = [job.request.options.guidance.branches(job.reference is not None) for job in jobs]
+        branches = [job.guidance.branches(job.reference is not None) for job in jobs]
         velocity = self.engines["dit"].run(self._rows(jobs, branches))["velocity"]
         first, moved = 0, []
         for job, names in zip(jobs, branches, strict=True):
             parts = dict(zip(names, velocity[first : first + len(names)], strict=True))
             first += len(names)
-            guided = job.request.options.guidance.combine(parts, job.reference is not None)
+            guided = job.guidance.combine(parts, job.reference is not None)
             latent = euler_step(job.latent, guided, job.sigmas[job.done], job.sigmas[job.done + 1])
             check_finite("dit", {"latent": latent}, ("latent",))
             moved.append((guided, latent))

@@ -10,8 +10,9 @@ from builders.registry import component
 from builders.verify import SEED
 from ming_trt.image_config import schedule_config, vae_config
 from ming_trt.presets import DEFAULT_THRESHOLDS
+from ming_trt.processing.draw import DrawOptions
 from ming_trt.runtime.flow_match import FlowMatchSchedule, Guidance
-from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageOptions, ImageRequest, Prompt
+from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageRequest, Prompt
 
 from ..picture import cases, config, engine, kinds, module, no_grad, query_rows
 
@@ -52,11 +53,10 @@ def _job(engines: ImageEngines, prompt: Prompt, kind: str, guidance: Guidance) -
     reference = None
     if kind == "edit":
         reference = engine("vae_encoder").run({"image": cases().array("vae.image")[None]})["latent"][0]
-    request = ImageRequest(
-        np.zeros((256, config().llm.hidden_size), np.float32), ImageOptions(steps=settings["steps"], guidance=guidance)
-    )
+    hidden = np.zeros((256, config().llm.hidden_size), np.float32)
+    request = ImageRequest(hidden, DrawOptions(steps=settings["steps"]))
     noise = cases().array(f"loop.{kind}.noise")
-    return ImageJob(request, 0, prompt, reference, noise, sigmas, times, {"denoise": 0.0})
+    return ImageJob(request, 0, prompt, reference, noise, sigmas, times, guidance, {"denoise": 0.0})
 
 
 @pytest.mark.parametrize("name", ["t2i", "edit", *(f"edit_img.mode{mode}" for mode in range(1, 7))])
