@@ -125,7 +125,7 @@ class KVCache:
             raise EngineError(
                 f"a sequence of {tokens} tokens does not fit the {self.max_seq_len} of profile.max_seq_len"
             )
-        self._reserved[slot] = tokens
+        self._reserved[slot] = max(self._reserved[slot], tokens)
         capacity = self.capacity
         while capacity < tokens:
             capacity = min(2 * capacity, self.max_seq_len)
