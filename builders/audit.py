@@ -115,8 +115,12 @@ def _audit(
         threads=threads,
         memory_limit=memory_limit,
     )
-    found = compare_layers(component, config, checkpoint, model, thresholds, threads) if layers else ()
-    repetitions = tuple(_repeat(component, config, model, entry.inputs, entry.outputs)) if determinism else ()
+    found: tuple[LayerReport, ...] = ()
+    if layers and report.outputs:
+        found = compare_layers(component, config, checkpoint, model, thresholds, threads)
+    repetitions: tuple[Repetition, ...] = ()
+    if determinism and report.outputs:
+        repetitions = tuple(_repeat(component, config, model, entry.inputs, entry.outputs))
     return Audit(name, report, found, repetitions, _provenance(bundle, checkpoint, component, config))
 
 

@@ -73,7 +73,8 @@ class LLM(MainShardComponent):
             "features": rows / np.linalg.norm(rows, axis=1, keepdims=True),
             "feature_index": feature_index,
             "modality": modality,
-            "position_ids": place[None] + rng.integers(0, 3, (3, 1, 1)),
+            # axes far apart, so that a frequency read from the wrong one shows
+            "position_ids": rng.integers(0, 64, (3, batch, steps)),
             "write_index": written,
             "attention_mask": (np.arange(capacity) <= place[:, :, None])[:, None],
             "logit_index": np.array([[0, 4], [2, 1]]),

@@ -164,7 +164,10 @@ def verify_component(
         reason = f"the torch definition needs {needed / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB are allowed or free"
         return ComponentReport(NOT_RUN, (), thresholds, reason)
     feeds = sample(component, config)
-    got = run_engine(model, component.name, feeds, threads)
+    try:
+        got = run_engine(model, component.name, feeds, threads)
+    except EngineError as error:
+        return ComponentReport(FAILED, (), thresholds, str(error))
     return compare_all(got, reference_outputs(component, config, checkpoint, feeds, outputs), thresholds)
 
 
