@@ -26,6 +26,11 @@ def first_failure(log: Path) -> str:
     return creating[1].strip() if creating else ""
 
 
+def requests_are_done(log: Path) -> bool:
+    """Whether a server that was told to stop has answered the last request, and only unloads its models."""
+    return "All models are stopped, unloading models" in _text(log)
+
+
 def last_lines(log: Path, count: int = 1) -> str:
     """The last lines of the log that say something, joined."""
     lines = [line.strip() for line in _text(log).splitlines() if line.strip()]

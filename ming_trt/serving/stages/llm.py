@@ -33,6 +33,30 @@ from ming_trt.serving.stages.presence import Presence
 log = logging.getLogger(__name__)
 
 
+class Stream:
+    """The responses to one request. The final flag goes with the last response, errors too: an error that is followed
+    by a separate flag leaves the request in flight in an ensemble of Triton 2.51, which then does not stop in time."""
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+        self._ended = False
+
+    def send(self, response: Any, last: bool) -> None:
+        """Sends a response; nothing may follow the `last` one."""
+        self._ended = self._ended or last
+        self._sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+    def fail(self, error: Any) -> None:
+        """Ends the stream with a `TritonError`."""
+        self.send(pb.InferenceResponse(error=error), last=True)
+
+    def end(self) -> None:
+        """Sends the final flag, if it has not gone out."""
+        if not self._ended:
+            self._ended = True
+            self._sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
 class LLMStage(Stage):
     """Inputs and outputs: docs/DESIGN.md, 4.2.
 
@@ -52,50 +76,39 @@ class LLMStage(Stage):
     def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
         """Hands each request to the LLM and returns at once; its answers come from a thread of its own."""
         for request in requests:
-            sender, request_id = request.get_response_sender(), ""
-            started = False
+            stream, request_id = Stream(request.get_response_sender()), ""
             try:
                 generation = generation_request(request)
                 request_id = generation.request_id
                 self.presence.enter(request_id, self.name)
                 handle = self.llm.submit(generation)
-                worker = threading.Thread(
-                    target=self._stream, args=(sender, handle), name=f"stream-{handle.request_id}", daemon=True
-                )
-                worker.start()
-                started = True
+                name = f"stream-{request_id}"
+                threading.Thread(target=self._answer, args=(stream, handle), name=name, daemon=True).start()
             except MingError as error:
-                sender.send(pb.InferenceResponse(error=triton_error(error)))
+                stream.fail(triton_error(error))
+                self._forget(request_id)
             except Exception as error:
                 log.exception("stage %s failed", self.name)
-                sender.send(pb.InferenceResponse(error=internal_error(self.name, error)))
-            finally:
-                if not started:
-                    sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                    self._forget(request_id)
+                stream.fail(internal_error(self.name, error))
+                self._forget(request_id)
 
-    def _stream(self, sender: Any, handle: Handle) -> None:
+    def _answer(self, stream: Stream, handle: Handle) -> None:
         """Sends the events of one request. Whatever happens, the final flag goes out: without it the client waits."""
-        ended = False
         try:
             for event in handle:
                 if isinstance(event, ErrorEvent):
                     raise event.error
                 arrays = outputs_of(handle.request_id, event)
-                if isinstance(event, FinishEvent):
-                    ended = True
-                    sender.send(pb.InferenceResponse(tensors(arrays)), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                elif arrays:
-                    sender.send(pb.InferenceResponse(tensors(arrays)))
+                if arrays:
+                    stream.send(pb.InferenceResponse(tensors(arrays)), last=isinstance(event, FinishEvent))
         except MingError as error:
-            sender.send(pb.InferenceResponse(error=triton_error(error)))
+            stream.fail(triton_error(error))
         except Exception as error:
             log.exception("stage %s failed", self.name)
             handle.cancel()
-            sender.send(pb.InferenceResponse(error=internal_error(self.name, error)))
+            stream.fail(internal_error(self.name, error))
         finally:
-            if not ended:
-                sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            stream.end()
             self._forget(handle.request_id)
 
     def _forget(self, request_id: str) -> None:
