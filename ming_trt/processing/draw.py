@@ -30,8 +30,8 @@ _CHECKS: dict[str, Check] = {
 class DrawOptions:
     """`width` and `height` in pixels are asked for; the size bucket nearest to them is drawn. An edit takes the size
     of its reference picture instead. `cfg` weighs the prompt, `image_cfg` (above 1) the reference picture, `cfg_mode`
-    says how (see `runtime.flow_match.Guidance`). `seed` -1: a random one. A preview is made every `preview_every` steps,
-    0 = never. Raises `InputError` for a value out of range.
+    says how (see `runtime.flow_match.Guidance`). `seed` -1: a random one. A preview is made every `preview_every`
+    steps, 0 = never. Raises `InputError` for a value out of range.
     """
 
     width: int = 512

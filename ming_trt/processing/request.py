@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from ming_trt.errors import InputError
+from ming_trt.processing.draw import DrawOptions, draw_options
 from ming_trt.processing.fields import Check, boolean, choice, fields, integer, load_object, number, show, string
 
 Role = Literal["system", "user", "assistant"]
@@ -104,7 +105,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked request. `lease`: seconds without a renewal after which the request is cancelled; 0 = never."""
+    """A checked request. `draw`: the answer is a picture, drawn so (then there is no text); `lease`: seconds without a
+    renewal after which the request is cancelled; 0 = never."""
 
     messages: tuple[Message, ...]
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -112,6 +114,7 @@ class Request:
     task: str | None = None
     dialect: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    draw: DrawOptions | None = None
     lease: float = 0.0
 
     def count(self, kind: MediaKind) -> int:
@@ -132,6 +135,7 @@ def parse_request(data: bytes | str | Mapping[str, Any]) -> Request:
         "task": choice(TASKS),
         "dialect": choice(DIALECTS),
         "sampling": _sampling,
+        "draw": draw_options,
         "lease": number(0.0, MAX_LEASE_SECONDS),
     }
     values = fields("the request", load_object(data, MAX_REQUEST_BYTES), known)
@@ -269,6 +273,9 @@ def _check_turn(where: str, message: Message, previous: Role | None) -> None:
 
 
 def _check_task(request: Request) -> None:
+    if request.draw is not None and (request.thinking or request.task is not None):
+        other = "thinking" if request.thinking else "task"
+        raise InputError(f"'draw' comes together with '{other}': a picture has no text, leave '{other}' out")
     if request.dialect is not None and request.task != "asr":
         raise InputError(f"'dialect' is '{request.dialect}' but 'task' is not 'asr': set the task or drop the dialect")
     if request.task != "asr":

@@ -17,6 +17,7 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
+from ming_trt.bundle import Bundle
 from ming_trt.errors import CancelledError, EngineError, InputError, MingError, ServeError
 from ming_trt.processing.query import USED
 from ming_trt.runtime.events import ErrorEvent
@@ -223,3 +224,8 @@ def _group(request: ImageRequest) -> tuple[int, int, bool]:
 
 def _cancelled(handle: ImageHandle) -> ErrorEvent:
     return ErrorEvent(CancelledError(f"request '{handle.request.request_id}' was cancelled"))
+
+
+def open_image(bundle: Bundle, *, max_batch: int = 2) -> ImageGenerator:
+    """The bundle's picture engines, running. Raises `BundleError` or `EngineError`."""
+    return ImageGenerator(ImageEngines.open(bundle, threads=bundle.preset.threads), max_batch=max_batch)
