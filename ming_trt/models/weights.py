@@ -161,6 +161,20 @@ class Concat(_Group):
 
 
 @dataclass(frozen=True, slots=True)
+class WeightNorm(_Group):
+    """Two sources, lengths [n, 1, ...] and directions [n, ...]: each entry of the second, scaled to that length."""
+
+    @property
+    def shape(self) -> Shape:
+        return self.sources[1].shape
+
+    def fill(self, target: torch.Tensor, checkpoint: Checkpoint) -> None:
+        length, direction = (source.load(checkpoint, torch.float32) for source in self.sources)
+        norm = torch.linalg.vector_norm(direction, dim=tuple(range(1, direction.ndim)), keepdim=True)
+        target.copy_(direction * (length / norm))
+
+
+@dataclass(frozen=True, slots=True)
 class _Wrapped(WeightSource):
     """One source, rearranged."""
 

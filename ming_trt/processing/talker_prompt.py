@@ -51,7 +51,13 @@ class TalkerTokens:
     @classmethod
     def of(cls, codec: TextCodec, first_audio: int) -> TalkerTokens:
         """From the talker's tokenizer. Raises `CheckpointError` if it lacks one or gives an id outside the text's."""
-        ids = [codec.special_id(token) for token in SPECIAL_TOKENS]
+        found = {token: codec.encode(token) for token in SPECIAL_TOKENS}
+        unknown = [token for token, ids in found.items() if len(ids) != 1]
+        if unknown:
+            raise CheckpointError(
+                f"the talker's tokenizer has no token '{unknown[0]}': take the files of the checkpoint's talker folder"
+            )
+        ids = [number for (number,) in found.values()]
         if not all(0 <= token < first_audio for token in ids):
             raise CheckpointError(
                 f"the talker's special tokens {ids} must lie below its {first_audio} text ids: take tokenizer and "
