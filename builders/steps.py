@@ -40,6 +40,10 @@ class Progress(Protocol):
         """`step` ended."""
         ...
 
+    def note(self, step: str, text: str) -> None:
+        """How far a long step is."""
+        ...
+
 
 class Silent:
     """Progress that is not shown."""
@@ -50,14 +54,19 @@ class Silent:
     def finished(self, step: str, result: Result) -> None:
         """Nothing."""
 
+    def note(self, step: str, text: str) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a running step is given: an empty folder to write into, and the folders and facts of the steps it needs."""
+    """What a running step is given: an empty folder to write into, the folders and facts of the steps it needs, and a
+    way to say how far it is."""
 
     work: Path
     inputs: Mapping[str, Path]
     facts: Mapping[str, Mapping[str, Any]]
+    report: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,7 @@ class Graph:
             result = self._settle(space, step, results, selected, failed)
             if result is None:
                 shown.started(name, index, len(self.order))
-                result = self._execute(space, step, results)
+                result = self._execute(space, step, results, shown)
                 if result.outcome is Outcome.FAIL:
                     failed = name
             results[name] = result
@@ -196,12 +205,12 @@ class Graph:
             return Result(Outcome.SKIPPED, key, f"not selected, and {stale}")
         return None
 
-    def _execute(self, space: Workspace, step: Step, results: Mapping[str, Result]) -> Result:
+    def _execute(self, space: Workspace, step: Step, results: Mapping[str, Result], shown: Progress) -> Result:
         key = self.keys[step.name]
         work: Path | None = None
         started = time.monotonic()
         try:
-            with disk_errors(space.folder):
+            with disk_errors(space.folder, steps=True):
                 space.note("started", step=step.name, key=key)
                 work = space.begin(step.name)
                 _reset_peak()
@@ -210,6 +219,7 @@ class Graph:
                     work,
                     {need: space.path(r.output) for need, r in records.items() if r is not None},
                     {need: r.facts for need, r in records.items() if r is not None},
+                    lambda text: shown.note(step.name, text),
                 )
                 facts = json.loads(json.dumps(step.run(context)))
             seconds = time.monotonic() - started

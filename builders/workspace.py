@@ -37,6 +37,10 @@ _REMEDIES = {
     errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
     errno.EFBIG: "the file would exceed the size limit of this process: raise it with `ulimit -f unlimited`",
     errno.EROFS: "the file system is read-only: choose another folder",
+}
+# These say something about the output folder only while nothing but it is touched.
+_FOLDER_REMEDIES = {
+    errno.ENOENT: "it cannot be made there: choose another folder",
     errno.EACCES: "it is not writable: change its permissions or choose another folder",
     errno.EPERM: "it is not writable: change its permissions or choose another folder",
     errno.ENOTDIR: "a part of its path is a file: choose another folder",
@@ -51,12 +55,16 @@ def _ignore(_: str) -> None:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError about the disk into a `BuildError` of one sentence."""
+def disk_errors(folder: Path, *, steps: bool = False) -> Iterator[None]:
+    """Turns an OSError about the disk into a `BuildError` of one sentence.
+
+    `steps`: the block reads other places too, so only what must be about writing is turned.
+    """
+    remedies = _REMEDIES if steps else _REMEDIES | _FOLDER_REMEDIES
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
+        remedy = remedies.get(error.errno or 0)
         if remedy is None:
             raise
         place = error.filename or folder
