@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry
+from builders import registry, trtllm
 from builders.code import code_version, project_version, tool_versions
 from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
 from builders.workspace import CACHE, Hook, Workspace
@@ -129,8 +129,11 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
 
 def check(options: Options) -> None:
     """Raises `MingError` if the options cannot be built here. Reads nothing."""
-    registry.check_names(options.only)
-    check_target(options.preset.target)
+    if options.preset.target == trtllm.TARGET:
+        trtllm.check_selection(options.only)
+    else:
+        registry.check_names(options.only)
+        check_target(options.preset.target)
     if max(options.tensor_parallel, options.expert_parallel) > 1 and options.preset.target != "tensorrt-llm":
         raise BuildError(
             f"--tp {options.tensor_parallel} --ep {options.expert_parallel} need target tensorrt-llm, "
@@ -141,7 +144,7 @@ def check(options: Options) -> None:
     if options.calibration is not None and "fp8" not in options.preset.precision.values():
         raise BuildError("calibration is for fp8, which this preset does not use: leave --calibration out")
     for name in options.preset.precision:
-        if name != "default":
+        if name not in ("default", *trtllm.PRECISIONS):
             registry.check_names((name,))
 
 
@@ -164,7 +167,9 @@ class _Plan:
         self.cache = space.folder / CACHE
         self.config: MingConfig = load_config(options.checkpoint)
         self.checkpoint: Checkpoint = Checkpoint(options.checkpoint)
-        self.components: dict[str, Component] = {name: registry.component(name) for name in registry.COMPONENTS}
+        self.components: dict[str, Component | trtllm.LLMCheckpoint] = {trtllm.NAME: trtllm.COMPONENT}
+        if self.preset.target != trtllm.TARGET:
+            self.components = {name: registry.component(name) for name in registry.COMPONENTS}
         self.versions = tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS))
 
     def selection(self) -> list[str] | None:
@@ -176,14 +181,29 @@ class _Plan:
     def graph(self) -> Graph:
         """The steps. Reads headers, and the bytes of tensors that were never digested before."""
         steps = [self._assets()]
-        for name, component in self.components.items():
-            steps += self._engine(name, component)
+        if self.preset.target == trtllm.TARGET:
+            trtllm.check_bundle(self.space.folder, self.space.records)
+            return Graph([*steps, *self._trtllm()])
+        for name in self.components:
+            steps += self._engine(name, registry.component(name))
         if all(step.skip for step in steps[1::2]):
             raise BuildError(
                 f"'{self.options.checkpoint}' holds no component that can be built ({steps[1].skip}): "
                 "give the folder of a whole checkpoint"
             )
         return Graph(steps)
+
+    def _trtllm(self) -> list[Step]:
+        return trtllm.steps(
+            self.preset,
+            self.config,
+            self.checkpoint,
+            self.cache,
+            tensor_parallel=self.options.tensor_parallel,
+            expert_parallel=self.options.expert_parallel,
+            calibration=self.options.calibration,
+            max_host_memory=self.options.max_host_memory,
+        )
 
     def _assets(self) -> Step:
         source = self.options.checkpoint
@@ -308,18 +328,18 @@ class _Plan:
 
     def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
         verdict = gate.get("verdict", MISSING)
-        own = ("inputs", "outputs", "precision", "weights")
+        own = ("inputs", "outputs", "precision", "weights", "model", "rung")
         rest = {key: value for key, value in facts.items() if key not in own}
         return ComponentEntry(
             name,
             self.preset.target,
             str(facts["precision"]),
-            f"{name}/model.onnx",
+            str(facts.get("model", f"{name}/model.onnx")),
             facts["inputs"],
             facts["outputs"],
             rest,
             gate,
-            {PASSED: "matches", FAILED: "ran"}.get(str(verdict), "compiled"),
+            {PASSED: str(facts.get("rung", "matches")), FAILED: "ran"}.get(str(verdict), "compiled"),
             facts["weights"],
         )
 

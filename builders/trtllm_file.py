@@ -91,7 +91,7 @@ class TensorFiles:
         entry = self.plans[file][name]
         if _NAMES.get(values.dtype) != entry.dtype or at + values.numel() > math.prod(entry.shape):
             raise ValueError(f"{values.dtype}[{values.numel()}] at {at} does not fit into {name}, {entry}")
-        data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(values.reshape(-1).view(torch.uint8).numpy().data)
         offset = self._offsets[file][name] + at * ITEM_SIZE[entry.dtype]
         while data:
             count = os.pwrite(self._handles[file], data, offset)

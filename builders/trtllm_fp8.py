@@ -27,7 +27,7 @@ def amax(values: torch.Tensor, name: str) -> float:
 
 
 def scale_of(largest: float) -> float:
-    """The float32 scale of a matrix with that largest magnitude; 1 for a matrix of zeros, which any scale represents."""
+    """The float32 scale for that largest magnitude; 1 for zeros, which any scale represents."""
     return float(torch.tensor(largest if largest else MAX, dtype=torch.float32) / MAX)
 
 

@@ -207,7 +207,7 @@ def _experts(c: LLMConfig, p: Parallel, mlp: str, target: str) -> Iterator[Modul
     fc, proj = [], []
     for e in range(c.num_experts):
         owners = [rank for rank in range(p.ranks) if p.expert_rank(rank) == e // local]
-        slots = {rank: e % local for rank in owners}
+        slots = dict.fromkeys(owners, e % local)
         name = f"{mlp}experts.{e}."
         halves = {r: Block(_halves(width, p.expert_slices, p.expert_slice(r)), (0, hidden)) for r in owners}
         up_gate = (f"{name}up_proj.weight", f"{name}gate_proj.weight")

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import typer
 
+# builds for target tensorrt-llm, without that target being named
+LLM_CHECKPOINT = "llm-checkpoint"
 EXAMPLES = """Examples:
 
 ming-trt build mini -o bundle
 
-ming-trt build CHECKPOINT -o bundle --preset cpu-fp32 --precision llm=fp32
+ming-trt build CHECKPOINT -o bundle --preset cpu-fp32 --precision llm=int8
 
 ming-trt build CHECKPOINT -o bundle --only vision_encoder --only audio_encoder
+
+ming-trt build CHECKPOINT -o llm --only llm-checkpoint --precision fp8 --tp 2
 """
 
 
@@ -24,7 +28,7 @@ def command(
     ),
     preset: str = typer.Option(None, "--preset", help="Name of a preset, or a .toml file. [default: by target]"),
     target: str = typer.Option(None, "--target", help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-llm."),
-    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=fp32,...)."),
+    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=int8,...)."),
     tp: int = typer.Option(1, "--tp", min=1, help="Tensor parallel size (tensorrt-llm)."),
     ep: int = typer.Option(1, "--ep", min=1, help="Expert parallel size (tensorrt-llm)."),
     calibration: Path = typer.Option(None, "--calibration", help="Folder with calibration samples (fp8)."),
@@ -41,6 +45,8 @@ def command(
     from ming_trt import presets
     from ming_trt.cli.progress import BuildProgress
 
+    if target is None and preset is None and only == [LLM_CHECKPOINT]:
+        target = "tensorrt-llm"
     chosen = presets.load(preset or presets.default_name(target)).with_options(target=target, precision=precision)
     options = Options(
         checkpoint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ class BuildProgress:
 
     def __init__(self) -> None:
         self._bar: Bar | None = None
+        self._noted = 0.0
 
     def __enter__(self) -> BuildProgress:
         if sys.stderr.isatty():
@@ -56,4 +58,13 @@ class BuildProgress:
             self._bar.advance(self._task)
         elif result.seconds:
             sys.stderr.write(f"      {step} {result.outcome} in {result.seconds:.1f} s\n")
+            sys.stderr.flush()
+
+    def note(self, step: str, text: str) -> None:
+        """Shows how far a step is; in plain lines at most once in ten seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{step}: {text}")
+        elif time.monotonic() - self._noted >= 10:
+            self._noted = time.monotonic()
+            sys.stderr.write(f"      {step}: {text}\n")
             sys.stderr.flush()
