@@ -25,7 +25,7 @@ from builders.quantize import (
 from builders.tensors import Array, StreamedTensor, bound, drop_unused, streamed
 from ming_trt.errors import BuildError
 
-# int8 activations inside the kernel: the only fast form of 8 bits
+# int8 activations inside the kernel: the only fast form of 8 bits, and twice as fast for 4
 _ACCURACY_LEVEL = 4
 
 
@@ -84,6 +84,7 @@ def _qmoe(graph: ir.Graph, node: ir.Node, bits: int) -> None:
         ir.AttrFloat32("activation_alpha", 1.0),
         ir.AttrFloat32("activation_beta", 0.0),
         ir.AttrInt64("expert_weight_bits", bits),
+        ir.AttrInt64("accuracy_level", _ACCURACY_LEVEL),
     ]
     if block is not None:
         attributes.append(ir.AttrInt64("block_size", block))

@@ -130,8 +130,9 @@ def test_experts(tmp_path: Path, precision: str, sizes: tuple[int, int], normali
         with torch.no_grad():
             expected = real(x, logits).numpy()
         got = run(model, tmp_path / str(rows), {"x": x.numpy(), "logits": logits.numpy()})[0]
-        # the kernel may quantise activations to 8 bits per block: an error of about 1/127/sqrt(3) per operand
-        assert relative(got, expected) < 0.015
+        # Activations have 8 bits per block inside: their extreme is about 2.7 deviations, so an operand's error is
+        # 2.7/127/sqrt(12) = 0.6 % of it, and three products follow each other. A wrong layout gives 100 %.
+        assert relative(got, expected) < 0.025
 
 
 @pytest.mark.parametrize("bias", [False, True])
