@@ -19,7 +19,7 @@ TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 # What each target's builders can make. A precision that the target lacks is refused before any work.
 TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("fp32",),
+    "onnxruntime": ("fp32", "int8", "int4"),
     "tensorrt": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-llm": ("bf16", "fp8"),
@@ -107,7 +107,7 @@ DEFAULT_THRESHOLDS: Mapping[str, Thresholds] = {
     "bf16": Thresholds(6e-2, 0.999, 28.0),
     "fp8": Thresholds(2e-1, 0.99, 16.0),
     "int8": Thresholds(1e-1, 0.998, 24.0),
-    "int4": Thresholds(4e-1, 0.95, 10.0),
+    "int4": Thresholds(8e-1, 0.9, 6.0),
 }
 
 

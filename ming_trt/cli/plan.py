@@ -23,7 +23,7 @@ def command(
     checkpoint: Path = typer.Argument(..., help="Checkpoint; its config.json and headers, or index, are enough."),
     preset: str = typer.Option(None, "--preset", help="Name of a preset, or a .toml file. [default: by target]"),
     target: str = typer.Option(None, "--target", help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-llm."),
-    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=fp32,...)."),
+    precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=int8,...)."),
     max_host_memory: str = typer.Option(None, "--max-host-memory", help="Memory to fit into. [default: what is free]"),
     only: list[str] = typer.Option(None, "--only", help="Plan this component only; may be repeated."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
