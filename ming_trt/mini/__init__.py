@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ming_trt.errors import ConfigError
 
-COMPONENTS = ("understanding", "image")
+COMPONENTS = ("understanding", "image", "speech")
 
 
 class Writer(Protocol):

@@ -17,9 +17,9 @@ from ming_trt.mini.text import TEXT
 from ming_trt.processing.talker_prompt import SPECIAL_TOKENS
 from ming_trt.speech_config import FLOW_FILE, FOLDER, HIFT_FILE, YAML, FlowConfig, HiftConfig, TalkerConfig
 
-CODES = 512
+CODES = 256
 """Codec codes, each with a character."""
-ENTRIES = 640
+ENTRIES = 768
 """Entries of the BPE over them."""
 BASE_TOKENS = 512
 PROMPT_CODES = 130
@@ -94,7 +94,7 @@ def write(folder: Path, seed: int, config: dict[str, Any]) -> None:
     text_vocab = _write_tokenizer(target)
     talker = talker_config(text_vocab, int(config["llm_config"]["hidden_size"]))
     rng = generator(seed, "speech")
-    _write_codec(target / "s3_bpe", rng)
+    _write_codec(target / "s3_bpe", generator(0, "codec"))  # seeds change weights only
     config["talker_config"] = {
         "vocab_size": talker.vocab_size,
         "text_vocab_size": text_vocab,
@@ -198,7 +198,7 @@ def _talker_weights(config: TalkerConfig, text_vocab: int, rng: np.random.Genera
     weights["talker.model.model.embed_tokens.weight"] *= np.float32(3)
     # The end must be likely now and then, but not at once.
     end = text_vocab - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index("<audio_eos>")
-    weights["talker.model.lm_head.weight"][end] *= np.float32(1.5)
+    weights["talker.model.lm_head.weight"][end] *= np.float32(5)
     return weights
 
 

@@ -18,6 +18,7 @@ TOP_K = 20
 MIN_STEPS = 10
 """Steps before which the talker may not end."""
 MAX_STEPS = 1000
+_LEAST = np.finfo(np.float32).tiny
 SILENCE = (0, 0, 0)
 """Codes that are spoken where the talker ends before it said anything."""
 
@@ -43,7 +44,8 @@ def choose(logits: Array, step: int, tokens: TalkerTokens, draws: Array) -> int:
         best = kept.max()
         if np.isfinite(best):
             probabilities = np.exp(kept - best)
-            return int(np.argmax(probabilities / probabilities.sum() / draws))
+            # a draw of zero must not make a number of 0 / 0
+            return int(np.argmax(probabilities / probabilities.sum() / np.maximum(draws, _LEAST)))
     raise EngineError("the talker's logits are not finite: run `ming-trt verify` on the bundle")
 
 

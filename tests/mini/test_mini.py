@@ -38,7 +38,7 @@ def tokenizer(mini: Path) -> Tokenizer:
 
 def test_official_layout(mini: Path) -> None:
     checkpoint, config = Checkpoint(mini), load_config(mini)
-    assert [file.name for file in checkpoint.files] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert [file.name for file in checkpoint.files] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
     for sources in (
         llm.weight_map(config.llm),
         vision.weight_map(config.vision, config.llm),
@@ -71,7 +71,7 @@ def test_another_seed_changes_weights_only(mini: Path, tmp_path: Path) -> None:
     write_mini(other, seed=1)
     files = [path.relative_to(other) for path in other.rglob("*") if path.is_file()]
     changed = {name.as_posix() for name in files if (other / name).read_bytes() != (mini / name).read_bytes()}
-    assert changed == {name.as_posix() for name in files if name.suffix == ".safetensors"}
+    assert changed == {name.as_posix() for name in files if name.suffix in (".safetensors", ".pt", ".onnx")}
 
 
 def test_refuses_to_overwrite(tmp_path: Path) -> None:
