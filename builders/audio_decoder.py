@@ -36,13 +36,10 @@ class _Detokenizer(MainShardComponent):
         return missing_part(checkpoint.folder)
 
     def graph(self, config: MingConfig, options: ExportOptions) -> ir.Model:
-        dtype = TORCH_DTYPES[options.float_precision]
         with torch.device("meta"):
-            module = self.module(config).to(dtype)
+            module = self.module(config).to(TORCH_DTYPES[options.float_precision])
             examples = self.examples(load_speech_config(config.folder))
-            inputs = {
-                name: value.to(dtype) if value.is_floating_point() else value for name, (value, _) in examples.items()
-            }
+            inputs = {name: value for name, (value, _) in examples.items()}
         return export_graph(module, inputs, {name: axes for name, (_, axes) in examples.items()}, self.outputs)
 
     @abstractmethod

@@ -38,10 +38,9 @@ class Audio(MainShardComponent):
         return AudioEncoder(config.audio, config.llm)
 
     def graph(self, config: MingConfig, options: ExportOptions) -> ir.Model:
-        dtype = TORCH_DTYPES[options.float_precision]
         with torch.device("meta"):
-            module = self.module(config).to(dtype)
-            mel = torch.empty(min(37, config.audio.max_frames), config.audio.num_mels, dtype=dtype)
+            module = self.module(config).to(TORCH_DTYPES[options.float_precision])
+            mel = torch.empty(min(37, config.audio.max_frames), config.audio.num_mels)
         return export_graph(module, {"mel": mel}, {"mel": {0: "frames"}}, OUTPUT_NAMES)
 
     def facts(self, config: MingConfig, options: ExportOptions) -> Mapping[str, Any]:

@@ -93,7 +93,7 @@ def _example_inputs(c: LLMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]
     cache = (batch, c.num_kv_heads, capacity, c.head_dim)
     step = {
         "input_ids": torch.zeros(batch, steps, dtype=torch.long),
-        "features": torch.zeros(rows, c.hidden_size, dtype=dtype),
+        "features": torch.zeros(rows, c.hidden_size),
         "feature_index": torch.zeros(batch, steps, dtype=torch.long),
         "modality": torch.zeros(batch, steps, dtype=torch.long),
         "position_ids": torch.zeros(3, batch, steps, dtype=torch.long),

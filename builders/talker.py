@@ -99,9 +99,9 @@ def _example_inputs(c: TalkerConfig, dtype: torch.dtype) -> dict[str, torch.Tens
     step = {
         "audio_ids": torch.zeros(batch, steps, dtype=torch.long),
         "text_ids": torch.zeros(batch, steps, dtype=torch.long),
-        "speaker": torch.zeros(speakers, c.speaker_dim, dtype=dtype),
+        "speaker": torch.zeros(speakers, c.speaker_dim),
         "speaker_index": torch.zeros(batch, steps, dtype=torch.long),
-        "thinker": torch.zeros(rows, c.thinker_hidden, dtype=dtype),
+        "thinker": torch.zeros(rows, c.thinker_hidden),
         "thinker_index": torch.zeros(batch, steps, dtype=torch.long),
         "position_ids": torch.zeros(batch, steps, dtype=torch.long),
         "write_index": torch.zeros(batch, dtype=torch.long),

@@ -50,13 +50,12 @@ class Vision(MainShardComponent):
         return VisionEncoder(config.vision, config.llm)
 
     def graph(self, config: MingConfig, options: ExportOptions) -> ir.Model:
-        dtype = TORCH_DTYPES[options.float_precision]
         with torch.device("meta"):
-            module = self.module(config).to(dtype)
+            module = self.module(config).to(TORCH_DTYPES[options.float_precision])
         # a picture and a smaller video, so that no two symbols have the same size
         feeds = _feeds(config, [[1, 10, 14], [2, 4, 6]])
         inputs = {
-            name: torch.empty(array.shape, dtype=dtype if name == "patches" else torch.long, device="meta")
+            name: torch.empty(array.shape, dtype=torch.float32 if name == "patches" else torch.long, device="meta")
             for name, array in feeds.items()
         }
         return export_graph(module, inputs, _AXES, OUTPUT_NAMES)

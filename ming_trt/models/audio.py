@@ -85,7 +85,7 @@ class AudioEncoder(nn.Module):
 
     def tower(self, mel: torch.Tensor) -> torch.Tensor:
         """Tower rows [1, ceil(frames / 2), n_state] for `mel` [frames, mels], 1 <= frames <= `config.max_frames`."""
-        x = functional.gelu(self.conv1(mel.t().unsqueeze(0)))
+        x = functional.gelu(self.conv1(mel.to(self.conv1.weight.dtype).t().unsqueeze(0)))
         x = functional.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
         for block in self.blocks:
@@ -94,11 +94,11 @@ class AudioEncoder(nn.Module):
 
     def project(self, tower: torch.Tensor) -> torch.Tensor:
         """Tower rows [1, n, n_state] -> rows [ceil(n / 2), H], of unit length if the configuration says so."""
-        rows = self.linear_proj_audio(tower).squeeze(0)
+        rows = self.linear_proj_audio(tower).squeeze(0).float()
         return functional.normalize(rows, dim=-1) if self.config.normalize_rows else rows
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """Rows [ceil(ceil(frames / 2) / 2), H] for one clip `mel` [frames, mels]."""
+        """Rows [ceil(ceil(frames / 2) / 2), H] for one clip `mel` [frames, mels]; float32, whatever the weights are."""
         return self.project(self.tower(mel))
 
 

@@ -146,7 +146,8 @@ class FlowEncoder(nn.Module):
 
     Inputs: `codes` i64 [B, N]; `ahead` i64 [B, look_ahead], the codes that follow; `look` f32 [B, 1, 1], 1 if they do,
     0 if the utterance ends before them (they are then ignored); `mask` bool [1, 1, N, N]; `speaker` f32
-    [B, speaker_dim], of any length. Outputs: `mu` f32 [B, mel, N], `spk` f32 [B, mel].
+    [B, speaker_dim], of any length. Outputs: `mu` f32 [B, mel, N], `spk` f32 [B, mel]. These types hold
+    whatever the weights are.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -163,9 +164,11 @@ class FlowEncoder(nn.Module):
     def forward(
         self, codes: Tensor, ahead: Tensor, look: Tensor, mask: Tensor, speaker: Tensor
     ) -> tuple[Tensor, Tensor]:
+        dtype = self.encoder_proj.weight.dtype
         length = speaker.pow(2).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-        spk = self.spk_embed_affine_layer(speaker / length)
-        return self.encoder_proj(self.hidden(codes, ahead, look, mask)).transpose(1, 2), spk
+        spk = self.spk_embed_affine_layer((speaker / length).to(dtype))
+        mu = self.encoder_proj(self.hidden(codes, ahead, look.to(dtype), mask)).transpose(1, 2)
+        return mu.float(), spk.float()
 
 
 class _CausalConv(nn.Conv1d):
@@ -302,7 +305,8 @@ class FlowEstimator(nn.Module):
 
     Inputs: `z` f32 [B, mel, N]; `mu` f32 [B, mel, N]; `spk` f32 [B, mel]; `cond` f32 [B, mel, N], the prompt's mel and
     zeros after it; `time` f32 [B]; `mask` bool [1, 1, N, N]. Output: `velocity` f32 [2B, mel, N]: B rows with the
-    condition, then B rows with mu, spk and cond zero, for classifier-free guidance.
+    condition, then B rows with mu, spk and cond zero, for classifier-free guidance. These types hold whatever the
+    weights are.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -320,9 +324,10 @@ class FlowEstimator(nn.Module):
         speaker = spk[:, :, None].expand(-1, -1, z.shape[2])
         condition = torch.cat((mu, speaker, cond), dim=1)
         x = torch.cat((torch.cat((z, condition), 1), torch.cat((z, torch.zeros_like(condition)), 1)), dim=0)
+        x = x.to(self.final_proj.weight.dtype)
         t = self.time_mlp(torch.cat((time, time), dim=0))
         x, skip = self.down_blocks[0](x, t, mask)
         for stage in self.mid_blocks:
             x, _ = stage(x, t, mask)
         x, _ = self.up_blocks[0](torch.cat((x, skip), dim=1), t, mask)
-        return self.final_proj(self.final_block(x))
+        return self.final_proj(self.final_block(x)).float()

@@ -82,7 +82,7 @@ class HarmonicSource(nn.Module):
         reached at its middle and go linearly from middle to middle; at both ends they stand still. Whole cycles are
         dropped before they are summed, and all is float32 in every precision, since the sum is a phase.
         """
-        dtype, f0 = f0.dtype, f0.float()
+        dtype = self.l_linear.weight.dtype
         multiple = torch.arange(1, self.harmonics + 1, device=f0.device, dtype=torch.float32)
         advance = torch.remainder(f0[:, :, None] * multiple / self.rate, 1.0) * self.hop
         cycles = torch.remainder(torch.cumsum(torch.remainder(advance, 1.0), dim=1) + phase[:, None], 1.0)
@@ -93,7 +93,7 @@ class HarmonicSource(nn.Module):
         voiced = (f0 > self.VOICED_ABOVE).to(torch.float32)[:, :, None, None]
         loudness = voiced * self.VOICED_NOISE + (1.0 - voiced) * (self.AMPLITUDE / 3.0)
         waves = (angle * (2.0 * math.pi)).sin() * (self.AMPLITUDE * voiced) + loudness * noise
-        source = self.l_linear(waves.to(dtype)).tanh().squeeze(-1)
+        source = self.l_linear(waves.to(dtype)).float().tanh().squeeze(-1)
         return source, cycles
 
 
@@ -139,7 +139,8 @@ class Vocoder(nn.Module):
     [B, T]: frames whose F0 is already known; `phase` f32 [B, harmonics + 1], cycles of each harmonic before the first
     frame; `noise` f32 [B, T, hop, harmonics + 1], normal draws; `source_given` f32 [B, T, hop] with `source_keep` bool
     [B, T]: frames of the source that are already known. Outputs: `audio` f32 [B, hop·T] within ±limit; `source` f32
-    [B, T, hop]; `f0` f32 [B, T]; `cycles` f32 [B, T, harmonics + 1], the phase after each frame.
+    [B, T, hop]; `f0` f32 [B, T]; `cycles` f32 [B, T, harmonics + 1], the phase after each frame. These types hold
+    whatever the weights are.
     """
 
     def __init__(self, config: HiftConfig) -> None:
@@ -164,11 +165,11 @@ class Vocoder(nn.Module):
         self.conv_post = nn.Conv1d(config.base >> len(config.up_rates), config.n_fft + 2, 7, padding=3)
 
     def decode(self, mel: Tensor, source: Tensor) -> Tensor:
-        """Mel [B, mel, T] and source [B, n] -> waveform [B, n]."""
-        config = self.config
-        spectrum = stft(source, config.n_fft, config.istft_hop)
+        """Mel [B, mel, T] and source [B, n] -> waveform [B, n]; both transforms are float32 in every precision."""
+        config, dtype = self.config, self.conv_pre.weight.dtype
+        spectrum = stft(source, config.n_fft, config.istft_hop).to(dtype)
         branches = len(config.resblock_kernels)
-        x = self.conv_pre(mel)
+        x = self.conv_pre(mel.to(dtype))
         for i, up in enumerate(self.ups):
             x = up(functional.leaky_relu(x, config.slope))
             if i == len(self.ups) - 1:
@@ -176,7 +177,7 @@ class Vocoder(nn.Module):
             x = x + self.source_resblocks[i](self.source_downs[i](spectrum))
             blocks = self.resblocks[i * branches : (i + 1) * branches]
             x = torch.stack([block(x) for block in blocks]).sum(dim=0) / branches
-        x = self.conv_post(functional.leaky_relu(x))
+        x = self.conv_post(functional.leaky_relu(x)).float()
         bins = config.n_fft // 2 + 1
         magnitude = x[:, :bins].exp().clamp(max=100.0)
         audio = istft(magnitude, x[:, bins:].sin(), config.n_fft, config.istft_hop)
@@ -192,7 +193,8 @@ class Vocoder(nn.Module):
         source_given: Tensor,
         source_keep: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        f0 = torch.where(f0_keep, f0_given, self.f0_predictor(mel))
+        predicted = self.f0_predictor(mel.to(self.conv_pre.weight.dtype)).float()
+        f0 = torch.where(f0_keep, f0_given, predicted)
         source, cycles = self.m_source(f0, phase, noise)
         source = torch.where(source_keep[:, :, None], source_given, source)
         return self.decode(mel, source.flatten(1)), source, f0, cycles

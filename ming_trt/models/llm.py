@@ -195,7 +195,8 @@ class MingLLM(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """One step over B rows of S tokens; shapes and order as `input_names`, `output_names` and the contract say.
 
-        `attention_mask` [B, 1, S, T] is true where token s may see cache place t; each row needs at least one.
+        All but the caches, which have the type of the weights, is float32 or int64. `attention_mask` [B, 1, S, T] is
+        true where token s may see cache place t; each row needs at least one.
         """
         embeds = self.embed(input_ids, features, feature_index)
         x = embeds
@@ -205,7 +206,7 @@ class MingLLM(nn.Module):
             present += [key, value]
         hidden = self.norm(x)
         wanted = hidden.gather(1, logit_index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.lm_head(wanted).float(), hidden, embeds, *present
+        return self.lm_head(wanted).float(), hidden.float(), embeds.float(), *present
 
 
 def weight_map(config: LLMConfig, prefix: str = "model.") -> dict[str, WeightSource]:

@@ -106,10 +106,10 @@ class Talker(nn.Module):
         """[B, S, hidden]: both streams summed, and in their place the rows that an index other than -1 names."""
         x = self.model.embed_tokens(audio_ids) + self.model.embed_tokens(text_ids)
         for rows, index in (
-            (self.vp_head(speaker), speaker_index),
-            (self.thinker_to_talker_proj(thinker), thinker_index),
+            (self.vp_head(speaker.to(x.dtype)), speaker_index),
+            (self.thinker_to_talker_proj(thinker.to(x.dtype)), thinker_index),
         ):
-            chosen = functional.embedding(index.clamp(min=0), rows.to(x.dtype))
+            chosen = functional.embedding(index.clamp(min=0), rows)
             x = torch.where((index >= 0).unsqueeze(-1), chosen, x)
         return x
 

@@ -143,14 +143,14 @@ class VisionEncoder(nn.Module):
         frames = Groups(frame_index, frame_length, frame_slot)
         tables = rope.vision_cos_sin(patch_position, self.config.head_dim, self.config.rope_theta)
         cos, sin = (table.unsqueeze(1) for table in tables)
-        x = self.patch_embed(patches)
+        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
         for number, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames if number in self.config.full_attention else windows)
         return self.merger(x)
 
     def project(self, tower: torch.Tensor) -> torch.Tensor:
         """Tower rows -> rows [., H] of unit length."""
-        return functional.normalize(self.linear_proj(tower), dim=-1)
+        return functional.normalize(self.linear_proj(tower).float(), dim=-1)
 
     def forward(
         self,
@@ -163,7 +163,10 @@ class VisionEncoder(nn.Module):
         frame_length: torch.Tensor,
         frame_slot: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows [N / merge^2, H] for `patches` [N, patch_width]; the indices are int64, see `vision_indices`."""
+        """Rows [N / merge^2, H] for `patches` [N, patch_width]; the indices are int64, see `vision_indices`.
+
+        Both are float32, whatever the weights are.
+        """
         return self.project(
             self.tower(
                 patches,
