@@ -126,7 +126,7 @@ def quantize_linears(model: ir.Model, scheme: WeightOnly, keep: Sequence[str]) -
     """Linear layers -> `com.microsoft::MatMulNBits`, except those named in `keep` and those too narrow for a block."""
     for linear in linears(model, keep):
         out, width = linear.weight.shape.numpy()
-        bits = scheme.head if "lm_head" in linear.name else scheme.linears
+        bits = scheme.bits(linear.name)
         block = next((size for size in BLOCKS if size <= width), None)
         if block is None:
             continue

@@ -20,18 +20,30 @@ BLOCKS = (128, 64, 32, 16)
 
 @dataclass(frozen=True, slots=True)
 class WeightOnly:
-    """Bits of the experts' matrices, of other linear layers and of the output projection over the vocabulary.
+    """Bits of the experts' matrices, of attention's, of other linear layers and of the projection to the vocabulary.
 
-    Activations stay float32 between operators. The projection decides which token is chosen, and is read once per
-    step: it keeps 8 bits.
+    Activations stay float32 between operators. Attention is a ninth of what a step reads of Ming-lite-omni's experts
+    and linear layers, and by far the most sensitive: on random weights 4 bits there cost 5 dB of the logits' SQNR, on
+    the shared expert 1 dB. The projection decides which token is chosen.
     """
 
     experts: int
+    attention: int
     linears: int
     head: int = 8
 
+    def bits(self, name: str) -> int:
+        """Bits of the linear layer whose weight is called `name`."""
+        parts = name.split(".")
+        if "lm_head" in parts:
+            return self.head
+        return self.attention if "attention" in parts or "attn" in parts else self.linears
 
-SCHEMES = {"int8": WeightOnly(experts=8, linears=8), "int4": WeightOnly(experts=4, linears=4)}
+
+SCHEMES = {
+    "int8": WeightOnly(experts=8, attention=8, linears=8),
+    "int4": WeightOnly(experts=4, attention=8, linears=4),
+}
 
 
 def block_for(*widths: int) -> int | None:

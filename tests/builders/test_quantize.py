@@ -69,6 +69,12 @@ def test_block_divides_all_widths() -> None:
     assert block_for(2048, 1408) == 128 and block_for(256, 32) == 32 and block_for(256, 24) is None
 
 
+def test_bits_by_layer() -> None:
+    names = ("layers.0.attention.dense.weight", "layers.3.mlp.shared_experts.up_proj.weight", "lm_head.weight")
+    assert [SCHEMES["int4"].bits(name) for name in names] == [8, 4, 8]
+    assert [SCHEMES["int8"].bits(name) for name in names] == [8, 8, 8]
+
+
 class Experts(nn.Module):
     def __init__(self, experts: int, hidden: int, width: int, normalize: bool) -> None:
         super().__init__()

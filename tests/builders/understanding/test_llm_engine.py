@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 import torch
 
+from builders.component import ExportOptions
 from builders.registry import component
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import LLMConfig, MingConfig
@@ -186,9 +189,7 @@ def test_sample_feeds_agree_with_the_torch_definition(
         np.testing.assert_allclose(got[name], value.numpy(), atol=3e-4, err_msg=name)
 
 
-def test_graph_uses_what_each_target_has(config: MingConfig, checkpoint: Checkpoint, tmp_path: Any) -> None:
-    from builders.component import ExportOptions
-
+def test_graph_uses_what_each_target_has(config: MingConfig, checkpoint: Checkpoint, tmp_path: Path) -> None:
     operators = {
         target: component("llm").export(config, checkpoint, tmp_path / target, ExportOptions(target))["operators"]
         for target in ("onnxruntime", "tensorrt")
@@ -200,3 +201,36 @@ def test_graph_uses_what_each_target_has(config: MingConfig, checkpoint: Checkpo
     assert operators["tensorrt"]["ai.onnx:Attention"] == layers
     assert ("ai.onnx:Attention" in operators["onnxruntime"]) == (config.llm.num_heads == config.llm.num_kv_heads)
     assert all(counts["ai.onnx:TensorScatter"] == 2 * layers for counts in operators.values())
+
+
+def test_half_precision(config: MingConfig, checkpoint: Checkpoint, open_engine: OpenEngine) -> None:
+    """One exporter with a type parameter: float16 runs here too (bfloat16 only elsewhere, it is checked as ONNX)."""
+    builder, engine = component("llm"), open_engine("llm", "3D", "tensorrt", "fp16")
+    feeds = builder.sample_feeds(config, np.random.default_rng(3))
+    got = engine.run({name: value.astype(engine.inputs[name].dtype) for name, value in feeds.items()})
+    with torch.no_grad():
+        expected = builder.reference(config, checkpoint)(*(torch.from_numpy(value) for value in feeds.values()))
+    for name, value in zip(engine.outputs, expected, strict=True):
+        error = np.abs(got[name] - value.numpy()).max() / np.abs(value.numpy()).max()
+        assert error < 5e-3, name  # some ten roundings of 2^-11, amplified by the layers
+
+
+@pytest.mark.parametrize(("precision", "floor"), [("int8", 12.0), ("int4", 8.0)])
+def test_quantised_weights(
+    config: MingConfig, checkpoint: Checkpoint, open_engine: OpenEngine, precision: str, floor: float
+) -> None:
+    """Logits keep a signal over the error of so many dB: random weights, in which single tokens change their expert."""
+    builder, engine = component("llm"), open_engine("llm", "3D", "onnxruntime", precision)
+    reference = builder.reference(config, checkpoint)
+    for seed in range(3):
+        feeds = builder.sample_feeds(config, np.random.default_rng(seed))
+        with torch.no_grad():
+            expected = reference(*(torch.from_numpy(value) for value in feeds.values()))[0].numpy()
+        error = engine.run(feeds)["logits"] - expected
+        assert 10 * np.log10((expected**2).sum() / (error**2).sum()) > floor
+
+
+def test_bfloat16_is_valid_onnx(config: MingConfig, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for name in ("llm", "vision_encoder", "audio_encoder"):
+        component(name).export(config, checkpoint, tmp_path / name, ExportOptions("tensorrt", "bf16"))
+        onnx.checker.check_model(str(tmp_path / name / "model.onnx"), full_check=True)
