@@ -24,6 +24,7 @@ from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import MingConfig
 from ming_trt.models.llm import DecoderLayer, weight_map
 from ming_trt.presets import Thresholds
+from ming_trt.trtllm.contract import check_checkpoint
 from ming_trt.trtllm.rope_table import rope_table
 
 Floats = npt.NDArray[np.float32]
@@ -32,7 +33,13 @@ LINEAR_SQNR_DB = 25.0
 
 
 def verify(folder: Path, config: MingConfig, checkpoint: Checkpoint, thresholds: Thresholds) -> ComponentReport:
-    """Reads the checkpoint in `folder` back. Thresholds are those of whole blocks; a product needs 25 dB."""
+    """Reads the checkpoint in `folder` back. Thresholds are those of whole blocks; an FP8 product needs 25 dB.
+
+    Before that the network definition must ask for just these weights (`ming_trt.trtllm.contract`).
+    """
+    problems = check_checkpoint(folder)
+    if problems:
+        return ComponentReport(FAILED, (), thresholds, problems[0])
     check = _Check(folder, config, checkpoint, thresholds)
     for layer in sorted({0, config.llm.num_layers - 1}):
         check.layer(layer)

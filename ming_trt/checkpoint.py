@@ -253,6 +253,11 @@ def _fill(file: Any, target: memoryview, info: TensorInfo) -> None:
         done += count
 
 
+def tensor_headers(file: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, in its order; reads its header. Raises `CheckpointError`."""
+    return list(_read_header(file))
+
+
 def _open_folder(folder: Path) -> dict[str, TensorInfo]:
     indices = [folder / f"{stem}.safetensors.index.json" for stem in _STEMS]
     index = next((path for path in indices if path.exists()), None)

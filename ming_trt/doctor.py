@@ -117,6 +117,19 @@ def _gpu() -> Check:
     return Check("gpu", bool(lines) and done.returncode == 0, "; ".join(lines), "" if lines else remedy)
 
 
+def _trtllm_api() -> Check:
+    """The symbols that the engine relies on; looked at only where the right release is installed."""
+    from ming_trt.trtllm import signatures
+
+    name = "tensorrt-llm api"
+    if signatures.installed() != TRTLLM_VERSION:
+        return Check(name, False, "", f"looked at where TensorRT-LLM {TRTLLM_VERSION} is installed")
+    problems = signatures.check()
+    count = len(signatures.NETWORK) + len(signatures.EXECUTOR)
+    remedy = f"{len(problems)} differences, first: {problems[0]}" if problems else ""
+    return Check(name, not problems, f"{count} symbols", remedy)
+
+
 def _targets(checks: dict[str, Check]) -> tuple[Target, ...]:
     def missing(*names: str) -> list[str]:
         return [name for name in names if not checks[name].ok]
@@ -173,6 +186,7 @@ def examine() -> Report:
         _package(
             "tensorrt-llm", ("tensorrt_llm",), f"use the Triton container that holds TensorRT-LLM {TRTLLM_VERSION}"
         ),
+        _trtllm_api(),
         _package("nvidia-modelopt", ("nvidia-modelopt",), "optional: FP8 calibration by ModelOpt"),
     )
     return Report(f"{platform.system()} {platform.machine()}", checks, _targets({c.name: c for c in checks}))
