@@ -198,7 +198,7 @@ def _talker_weights(config: TalkerConfig, text_vocab: int, rng: np.random.Genera
     weights["talker.model.model.embed_tokens.weight"] *= np.float32(3)
     # The end must be likely now and then, but not at once.
     end = text_vocab - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index("<audio_eos>")
-    weights["talker.model.lm_head.weight"][end] *= np.float32(5)
+    weights["talker.model.lm_head.weight"][end] *= np.float32(2)
     return weights
 
 
