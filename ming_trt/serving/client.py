@@ -25,6 +25,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from ming_trt import errors
 from ming_trt.errors import CancelledError, InputError, MingError, ServeError
 from ming_trt.serving.graph import ENSEMBLE
+from ming_trt.serving.local_memory import Region, is_local, release, share
 from ming_trt.serving.wire import bytes_tensor, infer_request, is_final, json_tensor
 
 DEFAULT_URL = "localhost:8001"
@@ -32,6 +33,8 @@ DEFAULT_URL = "localhost:8001"
 LEASE_S = 15.0
 Media = bytes | str | Path
 _CONTROL_TIMEOUT_S = 10.0
+# How long closing waits for the server to let go of a cancelled request's shared memory.
+_CLOSE_TIMEOUT_S = 2.0
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
@@ -50,7 +53,9 @@ class Answer:
     client's own clock: `first_token_s` until the first text, `seconds` in all.
     """
 
-    def __init__(self, client: Client, request_id: str, request: Any, lease_s: float) -> None:
+    def __init__(
+        self, client: Client, request_id: str, request: Any, lease_s: float, regions: Sequence[Region] = ()
+    ) -> None:
         self.id = request_id
         self.text = ""
         self.finish_reason: str | None = None
@@ -61,7 +66,9 @@ class Answer:
         self._client = client
         self._ended = threading.Event()
         self._lost = ""
+        self._regions = list(regions)
         self._cancelled = False
+        self._final = False
         self._started = time.perf_counter()
         self._call = client._stub.ModelStreamInfer(iter([request]))
         self._deltas = self._read()
@@ -91,7 +98,7 @@ class Answer:
         try:
             self._client.control("cancel", self.id)
         finally:
-            self._call.cancel()
+            self._stop()
 
     def read_all(self) -> str:
         """Waits for the end; the whole text."""
@@ -124,6 +131,7 @@ class Answer:
                 if delta is not None:
                     yield delta
                 if is_final(message.infer_response):
+                    self._final = True
                     break
         except grpc.RpcError as error:
             raise self._explain(error) from None
@@ -131,9 +139,20 @@ class Answer:
             self.seconds = time.perf_counter() - self._started
             # Reached early if the caller drops the iterator: the stream ends, and the lease is no longer renewed.
             self._ended.set()
-            self._call.cancel()
+            self._stop()
+        if self._cancelled:
+            raise CancelledError(f"request '{self.id}' was cancelled")
         if self.finish_reason is None:
             raise ServeError("the server ended the answer without a finish reason: look into its log")
+
+    def _stop(self) -> None:
+        """Ends the stream, and gives back shared memory, which the server keeps in use until the request has ended."""
+        self._call.cancel()
+        regions, self._regions = self._regions, []
+        if regions and self._final:
+            release(regions)
+        elif regions:
+            self._client._release_later(regions)
 
     def _delta(self, response: Any) -> Delta | None:
         texts, state = bytes_tensor(response, "text"), json_tensor(response, "state")
@@ -173,10 +192,13 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.removeprefix("grpc://")
         self._channel = grpc.insecure_channel(self.url, options=_OPTIONS)
+        self._releasing: list[threading.Thread] = []
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:
         """Ends the connection, and with it the answers that still stream."""
+        for thread in self._releasing:
+            thread.join(_CLOSE_TIMEOUT_S)
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -222,7 +244,10 @@ class Client:
         for kind, files in (("images", images), ("videos", videos), ("audios", audios)):
             if files:
                 inputs[kind] = [_content(file) for file in files]
-        return Answer(self, name, infer_request(ENSEMBLE, inputs, ("text", "state")), lease_s)
+        regions = self._share(inputs)
+        shared = {kind: (region.name, region.size) for kind, region in regions.items()}
+        request = infer_request(ENSEMBLE, inputs, ("text", "state"), shared)
+        return Answer(self, name, request, lease_s, list(regions.values()))
 
     def control(self, op: str, request_id: str, seconds: float = 0.0) -> dict[str, Any]:
         """Cancels ("cancel") or renews ("renew") a request of any client by its id; the server's reply."""
@@ -232,6 +257,8 @@ class Client:
             response = self._stub.ModelInfer(request, timeout=_CONTROL_TIMEOUT_S)
         except grpc.RpcError as error:
             raise self._explain(error) from None
+        except ValueError:
+            raise ServeError(f"the connection to {self.url} was closed here: open another Client") from None
         return json_tensor(response, "state") or {}
 
     def ready(self, timeout_s: float = 5.0) -> bool:
@@ -250,6 +277,17 @@ class Client:
         except grpc.RpcError as error:
             raise self._explain(error) from None
         return tuple(output.name for output in metadata.outputs)
+
+    def _release_later(self, regions: Sequence[Region]) -> None:
+        thread = threading.Thread(target=release, args=(regions,), name="release", daemon=True)
+        self._releasing = [each for each in self._releasing if each.is_alive()] + [thread]
+        thread.start()
+
+    def _share(self, inputs: Mapping[str, Sequence[bytes]]) -> dict[str, Region]:
+        if not is_local(self.url):
+            return {}
+        regions = {name: share(self._stub, items) for name, items in inputs.items()}
+        return {name: region for name, region in regions.items() if region is not None}
 
     def _explain(self, error: Any) -> MingError:
         if error.code() == grpc.StatusCode.UNAVAILABLE and "connect" in str(error.details()):

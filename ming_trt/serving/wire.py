@@ -14,16 +14,34 @@ from ming_trt.errors import ServeError
 _LENGTH = struct.Struct("<I")
 
 
-def infer_request(model: str, inputs: Mapping[str, Sequence[bytes]], outputs: Sequence[str]) -> Any:
-    """A `ModelInferRequest` whose inputs are BYTES [n]; an empty final response is asked for."""
+def infer_request(
+    model: str,
+    inputs: Mapping[str, Sequence[bytes]],
+    outputs: Sequence[str],
+    shared: Mapping[str, tuple[str, int]] | None = None,
+) -> Any:
+    """A `ModelInferRequest` whose inputs are BYTES [n]; an empty final response is asked for.
+
+    `shared`: inputs that lie in shared memory, with the region's name and size in bytes.
+    """
     request = service_pb2.ModelInferRequest(model_name=model)
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, items in inputs.items():
-        request.inputs.add(name=name, datatype="BYTES", shape=[len(items)])
-        request.raw_input_contents.append(b"".join(_LENGTH.pack(len(item)) + item for item in items))
+        tensor = request.inputs.add(name=name, datatype="BYTES", shape=[len(items)])
+        if shared and name in shared:
+            region, size = shared[name]
+            tensor.parameters["shared_memory_region"].string_param = region
+            tensor.parameters["shared_memory_byte_size"].int64_param = size
+        else:
+            request.raw_input_contents.append(pack_bytes(items))
     for name in outputs:
         request.outputs.add(name=name)
     return request
+
+
+def pack_bytes(items: Sequence[bytes]) -> bytes:
+    """The content of a BYTES tensor."""
+    return b"".join(_LENGTH.pack(len(item)) + item for item in items)
 
 
 def bytes_tensor(response: Any, name: str) -> list[bytes] | None:

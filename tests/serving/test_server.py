@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tritonclient.grpc import service_pb2
 
 from ming_trt import bundle
 from ming_trt.errors import BundleError, CancelledError, EngineError, InputError, MingError, ServeError
 from ming_trt.serving.assemble import assemble
 from ming_trt.serving.client import Answer, Client
 from ming_trt.serving.launch import Ports, Server
+from ming_trt.serving.local_memory import is_local, share
 from ming_trt.serving.supervise import alive, stubs
 
 from .toy_bundle import write_bundle, write_stages
@@ -68,6 +70,40 @@ def test_encoders_run_only_for_their_modality(client: Client, tmp_path: Path) ->
 
 def test_large_media_arrive(client: Client) -> None:
     assert client.ask("x", videos=[bytes(40 << 20)]).read_all() == "x rows=1"
+
+
+def regions(client: Client) -> list[str]:
+    """What the server has mapped of clients' shared memory."""
+    return list(client._stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest()).regions)
+
+
+def test_large_media_go_through_shared_memory_and_leave_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = []
+    monkeypatch.setattr(
+        "ming_trt.serving.client.share", lambda stub, items: shared.append(share(stub, items)) or shared[-1]
+    )
+    answer = client.ask("x", videos=[bytes(8 << 20), b"small"], audios=[b"clip"])
+    assert answer.read_all() == "x rows=4"
+    assert [region is not None for region in shared] == [False, True, False]
+    eventually(lambda: regions(client) == [], "the release of the region")
+    with pytest.raises(InputError):
+        client.ask("too long", videos=[bytes(8 << 20)]).read_all()
+    early = client.ask("for ever", videos=[bytes(8 << 20)])
+    early.cancel()
+    with pytest.raises(CancelledError):
+        early.read_all()
+    eventually(lambda: regions(client) == [], "the release of the regions")
+    assert not list(Path("/dev/shm").glob(f"ming-trt-input-{os.getpid()}-*"))
+    assert works(client)
+
+
+def test_server_elsewhere_gets_the_bytes(client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container: what we write is not what the server sees in its /dev/shm."""
+    monkeypatch.setattr("ming_trt.serving.local_memory._SHARED", tmp_path)
+    assert client.ask("x", videos=[bytes(8 << 20)]).read_all() == "x rows=1"
+    assert not is_local("example.org:8001") and is_local("localhost:8001")
 
 
 def test_four_streams_at_once(client: Client) -> None:
