@@ -117,7 +117,7 @@ def _audit(
     )
     found: tuple[LayerReport, ...] = ()
     if layers and report.outputs:
-        found = compare_layers(component, config, checkpoint, model, thresholds, threads)
+        found = compare_layers(component, config, checkpoint, model, thresholds, threads, memory_limit)
     repetitions: tuple[Repetition, ...] = ()
     if determinism and report.outputs:
         repetitions = tuple(_repeat(component, config, model, entry.inputs, entry.outputs))

@@ -108,6 +108,9 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
         unchanged = _unchanged(space, fingerprint)
         if unchanged is not None:
             return Report(options.bundle, unchanged[0], unchanged[1], time.monotonic() - started)
+        for name, record in list(space.records.items()):
+            if record.facts.get("verdict") == NOT_RUN:
+                del space.records[name]
         plan = _Plan(options, space)
         graph = plan.graph()
         run = graph.run(space, plan.selection(), progress)
@@ -384,6 +387,9 @@ def _unchanged(space: Workspace, fingerprint: str) -> tuple[dict[str, Result], s
         text = (space.folder / MANIFEST).read_text("utf-8")
         manifest = Bundle.open(space.folder).manifest
     except (OSError, UnicodeDecodeError, BundleError):
+        return None
+    if manifest.gate == NOT_RUN:
+        # What did not fit then may fit now.
         return None
     if last is None or last.get("fingerprint") != fingerprint or last.get("manifest") != digest(text):
         return None

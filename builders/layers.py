@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builders.component import Component, Feeds
-from builders.verify import Array, compare, sample
+from builders.reference import reference
+from builders.verify import Array, available_memory, compare, sample
 from ming_trt.errors import EngineError
 from ming_trt.presets import Thresholds
 
@@ -46,6 +47,7 @@ def compare_layers(
     model: Path,
     thresholds: Thresholds,
     threads: int = 0,
+    memory_limit: int = 0,
 ) -> tuple[LayerReport, ...]:
     """Compares all modules that both sides have, in the order in which torch finishes them (inner before outer).
 
@@ -57,18 +59,18 @@ def compare_layers(
     if model.suffix != ".onnx":
         raise EngineError(f"layers of '{model}' cannot be looked into, it is no ONNX graph: verify without --layers")
     feeds = sample(component, config)
-    expected = _module_outputs(component, config, checkpoint, feeds)
+    expected = _module_outputs(component, config, checkpoint, feeds, memory_limit or available_memory())
     graph = onnx.load(str(model), load_external_data=False)
     candidates = _candidates(graph, expected)
     if not candidates:
         raise EngineError(f"no node of '{model}' has the name of a module of {component.name}: build it again")
     got = _inner_values(graph, model, {value for nodes in candidates.values() for _, value in nodes}, feeds, threads)
     reports = []
-    for module, reference in expected.items():
+    for module, wanted in expected.items():
         for node, value in candidates.get(module, ()):
             array = got[value]
-            if np.squeeze(array).shape == np.squeeze(reference).shape:
-                found = compare(module, array.reshape(reference.shape), reference, thresholds)
+            if np.squeeze(array).shape == np.squeeze(wanted).shape:
+                found = compare(module, array.reshape(wanted.shape), wanted, thresholds)
                 numbers = (found.max_abs, found.relative, found.sqnr_db, found.verdict, found.note)
                 reports.append(LayerReport(module, node, *numbers))
                 break
@@ -77,11 +79,15 @@ def compare_layers(
     return tuple(reports)
 
 
-def _module_outputs(component: Component, config: MingConfig, checkpoint: Checkpoint, feeds: Feeds) -> dict[str, Array]:
+def _module_outputs(
+    component: Component, config: MingConfig, checkpoint: Checkpoint, feeds: Feeds, memory: int
+) -> dict[str, Array]:
     """Canonical module name -> its (last) floating-point output, in the order in which modules finish."""
     import torch
 
-    module = component.reference(config, checkpoint)
+    module = reference(component, config, checkpoint, memory)
+    if module is None:
+        raise EngineError(f"the torch definition of {component.name} does not fit: raise --max-host-memory")
     outputs: dict[str, Array] = {}
 
     def hook(name: str) -> Any:

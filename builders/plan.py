@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from builders import registry
+from builders.component import Component
 from builders.headers import HeaderCheckpoint
+from builders.reference import reference_bytes
+from builders.sizes import weight_bytes
 from builders.verify import available_memory
 from ming_trt import presets
 from ming_trt.config import MingConfig, load_config
 from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
 
-# Bytes of a stored weight. Quantised forms carry a float32 scale for 128 numbers.
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
-_CACHE_BYTES = {"fp16": 2, "bf16": 2, "fp8": 2}
+_CACHE_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
 # Resident memory of torch, onnx and ONNX Runtime before they hold a weight, measured.
 _BUILD_BASE = 480 * 2**20
 # Resident memory of one serving process (Python, numpy, ONNX Runtime), measured.
@@ -33,7 +34,8 @@ _DISK_BYTES_PER_SECOND = 200e6
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """One engine. Sizes in bytes; `inputs` names -> shape with symbols, where the definition states them."""
+    """One engine, or the `reason` why there is none. Sizes in bytes; `reference_bytes` is what its torch definition
+    holds at least while the gate compares with it."""
 
     name: str
     precision: str = ""
@@ -41,6 +43,7 @@ class EnginePlan:
     weight_bytes: int = 0
     largest_tensor: int = 0
     largest_tensor_bytes: int = 0
+    reference_bytes: int = 0
     reason: str = ""
 
 
@@ -90,7 +93,7 @@ def plan(folder: Path, preset: Preset, only: tuple[str, ...] = (), memory_limit:
     kv = per_token * preset.profile.slots * min(preset.profile.max_seq_len, config.llm.max_positions)
     weights = sum(engine.weight_bytes for engine in made)
     largest = max(engine.largest_tensor_bytes for engine in made)
-    reference = max(4 * engine.parameters + engine.weight_bytes for engine in made)
+    reference = max(engine.reference_bytes + engine.weight_bytes for engine in made)
     limit = memory_limit or preset.device_memory or available_memory()
     run = weights + kv + _SERVE_BASE * len(made)
     return Plan(
@@ -133,12 +136,27 @@ def _engine(
     largest = max((math.prod(info.shape) for info in read.values() if min(info.shape, default=0) >= 0), default=0)
     largest = largest or max(sizes)
     total = sum(sizes)
-    return EnginePlan(name, precision, total, round(total * _WEIGHT_BYTES[precision]), largest, 4 * largest)
+    weights, held = _weights(component, config, preset), reference_bytes(component, config)[1]
+    return EnginePlan(name, precision, total, weights, largest, 4 * largest, held)
+
+
+def _weights(component: Component, config: MingConfig, preset: Preset) -> int:
+    """Bytes of the engine's weights as the preset stores them."""
+    precision = preset.precision_of(component.name)
+    keep, by_column = getattr(component, "keep_float", ()), getattr(component, "many_rows", False)
+    return sum(
+        weight_bytes(name, source.shape, preset.target, precision, keep, by_column)
+        for name, source in component.sources(config).items()
+    )
 
 
 def _kv_bytes_per_token(config: MingConfig, preset: Preset) -> int:
     llm = config.llm
-    return 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * _CACHE_BYTES.get(preset.precision_of("llm"), 4)
+    if preset.target == "onnxruntime":
+        number = 4
+    else:
+        number = _CACHE_BYTES.get(preset.precision.get("kv_cache", preset.precision_of("llm")), 4)
+    return 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * number
 
 
 def _problem(engines: list[EnginePlan], kv: int, run: int, limit: int, preset: Preset, config: MingConfig) -> str:
@@ -167,11 +185,11 @@ def _nearest_fitting(engines: list[EnginePlan], limit: int, preset: Preset, conf
         other = presets.load(name)
         if other.target != preset.target or other.name == preset.name:
             continue
-        weights = sum(round(e.parameters * _WEIGHT_BYTES[other.precision_of(e.name)]) for e in engines)
+        weights = sum(_weights(registry.component(engine.name), config, other) for engine in engines)
         length = min(other.profile.max_seq_len, config.llm.max_positions)
         needed = weights + _kv_bytes_per_token(config, other) * other.profile.slots * length
         needed += _SERVE_BASE * len(engines)
-        if best_bytes < needed <= (other.device_memory or limit):
+        if best_bytes < needed <= limit:
             best, best_bytes = name, needed
     return best
 

@@ -20,6 +20,8 @@ from ming_trt.errors import EngineError
 from ming_trt.presets import Thresholds
 
 if TYPE_CHECKING:
+    import torch
+
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
 
@@ -115,13 +117,10 @@ def sample(component: Component, config: MingConfig) -> Feeds:
     return component.sample_feeds(config, np.random.default_rng(SEED))
 
 
-def reference_outputs(
-    component: Component, config: MingConfig, checkpoint: Checkpoint, feeds: Feeds, names: list[str]
-) -> dict[str, Array]:
-    """What the torch definition gives for `feeds`, by output name, in float32 on one thread's order of summation."""
+def reference_outputs(module: torch.nn.Module, feeds: Feeds, names: list[str]) -> dict[str, Array]:
+    """What the torch definition gives for `feeds`, by output name, in float32."""
     import torch
 
-    module = component.reference(config, checkpoint)
     with torch.inference_mode():
         result = module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
     return dict(zip(names, _flatten(result), strict=True))
@@ -136,11 +135,6 @@ def run_engine(model: Path, name: str, feeds: Feeds, threads: int = 0) -> dict[s
         return engine.run(feeds)
     finally:
         engine.close()
-
-
-def reference_bytes(component: Component, config: MingConfig) -> int:
-    """Memory of the torch definition's float32 weights."""
-    return sum(4 * math.prod(source.shape) for source in component.sources(config).values())
 
 
 def verify_component(
@@ -159,8 +153,12 @@ def verify_component(
     `memory_limit` bytes (0 = what the machine has free): a definition that would not fit is not run, and the report
     says so with the verdict `NOT_RUN`.
     """
-    needed, limit = reference_bytes(component, config), memory_limit or available_memory()
-    if needed > limit:
+    from builders.reference import reference, reference_bytes
+
+    limit = memory_limit or available_memory()
+    module = reference(component, config, checkpoint, limit)
+    if module is None:
+        needed = reference_bytes(component, config)[1]
         reason = f"the torch definition needs {needed / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB are allowed or free"
         return ComponentReport(NOT_RUN, (), thresholds, reason)
     feeds = sample(component, config)
@@ -168,7 +166,7 @@ def verify_component(
         got = run_engine(model, component.name, feeds, threads)
     except EngineError as error:
         return ComponentReport(FAILED, (), thresholds, str(error))
-    return compare_all(got, reference_outputs(component, config, checkpoint, feeds, outputs), thresholds)
+    return compare_all(got, reference_outputs(module, feeds, outputs), thresholds)
 
 
 def available_memory() -> int:

@@ -1,0 +1,38 @@
+"""How many bytes a weight takes in an engine, by target, precision, name and shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+# As in `builders/quantize.py`, which imports torch: the largest run of weights that divides a row shares a scale.
+_BLOCKS = (128, 64, 32, 16)
+_SCALE_BYTES = 4
+_PLAIN = {"fp32": 4, "fp16": 2, "bf16": 2}
+_TABLES = ("word_embeddings", "embed_tokens", "positional_embedding")
+
+
+def weight_bytes(
+    name: str, shape: tuple[int, ...], target: str, precision: str, keep: Iterable[str] = (), by_column: bool = False
+) -> int:
+    """Bytes of the parameter `name` of `shape`, scales included.
+
+    `keep` are words in the names of parameters that are not quantised; `by_column` says that int8 has one scale per
+    output (dynamic quantisation) instead of one per block.
+    """
+    count = math.prod(shape)
+    if precision in _PLAIN:
+        return count * _PLAIN[precision]
+    table = any(word in name for word in (*_TABLES, *keep))
+    if target != "onnxruntime":
+        # tables, norms, routers and the projection over the vocabulary stay in bf16
+        return count * (2 if table or len(shape) < 2 or "lm_head" in name or "gates" in name else 1)
+    # The two matrices of an expert share a block; the first has its two halves one above the other.
+    widths = (shape[-1], shape[-2] // 2) if len(shape) == 3 else (shape[-1],)
+    block = next((block for block in _BLOCKS if len(shape) > 1 and not any(w % block for w in widths)), 0)
+    if precision == "int8" and by_column and len(shape) == 2 and not table:
+        return count + _SCALE_BYTES * (count // shape[-1])
+    if table or not block:
+        return 4 * count
+    bits = 4 if precision == "int4" and "lm_head" not in name else 8
+    return count * bits // 8 + _SCALE_BYTES * (count // block)
