@@ -1,4 +1,4 @@
-"""Shared fixtures: where the reference cases lie, and a bundle of the mini checkpoint."""
+"""Shared fixtures: where the reference cases lie, and a bundle of the mini checkpoint; fast tests first."""
 
 from pathlib import Path
 
@@ -7,6 +7,21 @@ import pytest
 GOLDEN = Path(__file__).parent / "data" / "golden"
 UNDERSTANDING = GOLDEN / "understanding"
 GENERATION = GOLDEN / "generation"
+
+
+def pytest_configure() -> None:
+    """Hypothesis without its time limit per example: no test may fail because the machine is busy."""
+    try:
+        from hypothesis import settings
+    except ModuleNotFoundError:  # a bare GPU machine runs tests/gpu without it
+        return
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast ones first, then those marked slow, then those that need a server; the order is kept within each."""
+    items.sort(key=lambda item: 2 if item.get_closest_marker("triton") else int(bool(item.get_closest_marker("slow"))))
 
 
 @pytest.fixture(scope="session")
