@@ -16,6 +16,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+    from builders.precision import Scheme
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
     from ming_trt.models.weights import WeightSource
@@ -30,14 +31,24 @@ class ExportOptions:
     `target` is who will run it: "onnxruntime" (contrib operators are allowed) or "tensorrt" (standard operators and
     local functions of domain `ming`). `precision` is "fp32", "fp16", "bf16", "int8" or "int4"; the last two are
     weight-only schemes of target "onnxruntime".
+
+    Of target "tensorrt" alone: `scheme` says how numbers are held and overrides `precision`; `ranges` maps linear
+    layers to the largest magnitude of their inputs, for FP8; `fixed` gives symbols a number; `lowered` names operators
+    that are written in basic ones (`builders/tensorrt_graph.py`).
     """
 
     target: str = "onnxruntime"
     precision: str = "fp32"
+    scheme: Scheme | None = None
+    ranges: tuple[tuple[str, float], ...] = ()
+    fixed: tuple[tuple[str, int], ...] = ()
+    lowered: tuple[str, ...] = ()
 
     @property
     def float_precision(self) -> str:
         """The type of activations and of weights that are not quantised: "fp32", "fp16" or "bf16"."""
+        if self.scheme is not None:
+            return self.scheme.floats
         return self.precision if self.precision in ("fp16", "bf16") else "fp32"
 
 

@@ -15,6 +15,7 @@ from builders.component import ExportOptions, Feeds
 from builders.export import bind_weights, facts, save
 from builders.functions import add_bodies
 from builders.lowering import lower
+from builders.tensorrt_graph import adapt
 from builders.tensors import weight_streams
 from ming_trt.models.weights import load_weights
 
@@ -72,6 +73,8 @@ class MainShardComponent(ABC):
         if options.target == "onnxruntime":
             lower(model, options.precision, keep=self.keep_float, many_rows=self.many_rows)
         add_bodies(model, options.float_precision)
+        if options.target == "tensorrt":
+            adapt(model, options)
         return model
 
     def export(

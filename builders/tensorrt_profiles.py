@@ -1,0 +1,148 @@
+"""Optimisation profiles: from the limits of a preset to the sizes that each input of an engine may have.
+
+An engine has one profile for each way it is run (decode and prefill; pictures and videos). The runtime takes the first
+that a call fits into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ming_trt.errors import BuildError
+from ming_trt.presets import Profile
+from ming_trt.processing.image_size import BUCKETS
+
+# smallest, typical and largest size of an axis
+Range = tuple[int, int, int]
+# Merge cells are 2 x 2 patches; a window has at least one.
+_CELL = 4
+# Latent cells of a side, eight pixels each; two by two of them are a token of the denoiser.
+_LATENT: Range = (min(h for _, h, _ in BUCKETS) // 8, 64, max(h for _, h, _ in BUCKETS) // 8)
+_TOKENS: Range = (_LATENT[0] ** 2 // 4, _LATENT[1] ** 2 // 4, _LATENT[2] ** 2 // 4)
+_PICTURE_BATCH: Range = (1, 3, 6)
+# Codes of a sentence, of 0.04 s each; a chunk of streaming is about 25.
+_CODES: Range = (1, 50, 1500)
+_LOGITS: Range = (1, 1, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One profile: the range of each symbolic size in the inputs."""
+
+    name: str
+    sizes: Mapping[str, Range]
+
+    def shapes(self, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Input -> smallest, typical and largest shape, for those with a symbolic size; `inputs` as in the manifest.
+
+        Raises `BuildError` naming a symbol without a range.
+        """
+        shapes = {}
+        for name, spec in inputs.items():
+            if any(isinstance(size, str) for size in spec["shape"]):
+                shapes[name] = tuple(tuple(self._size(name, size, k) for size in spec["shape"]) for k in range(3))
+        return shapes
+
+    def _size(self, name: str, size: int | str, which: int) -> int:
+        if isinstance(size, int):
+            return size
+        if size not in self.sizes:
+            raise BuildError(f"profile '{self.name}' has no range for '{size}' of input '{name}': add it")
+        return self.sizes[size][which]
+
+
+def _clip(low: int, typical: int, high: int) -> Range:
+    high = max(low, high)
+    return (low, min(max(low, typical), high), high)
+
+
+def _vision(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
+    patches = _CELL * p.max_image_tokens
+    shared = {"N": _clip(_CELL, 4096, patches), "W": _clip(1, 64, patches // _CELL)}
+    # Groups are padded to the longest: what a profile allows is F * L places, so few long ones or many short ones.
+    pictures = {"F": _clip(1, 1, 4), "L": _clip(_CELL, 4096, patches)}
+    videos = {"F": _clip(1, 16, max(4, patches // 256)), "L": _clip(_CELL, 1024, max(256, patches // 16))}
+    return [Phase("pictures", shared | pictures), Phase("videos", shared | videos)]
+
+
+def _audio(p: Profile, facts: Mapping[str, Any]) -> list[Phase]:
+    longest = min(p.max_audio_frames, int(facts.get("max_frames", p.max_audio_frames)))
+    return [Phase("clip", {"frames": _clip(1, 1500, longest)})]
+
+
+def _decoder(p: Profile, rows: Mapping[str, Range]) -> list[Phase]:
+    slots = _clip(1, p.slots, p.slots)
+    decode: dict[str, Range] = {"B": slots, "S": (1, 1, 1), "K": (1, 1, 1)}
+    # Prefill runs one slot at a time.
+    prefill: dict[str, Range] = {"B": (1, 1, 1), "S": _clip(1, p.prefill_chunk, p.prefill_chunk), "K": _LOGITS}
+    return [Phase("decode", {**decode, **rows}), Phase("prefill", {**prefill, **rows})]
+
+
+def _llm(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
+    return _decoder(p, {"R": _clip(1, 1, p.max_seq_len)})
+
+
+def _talker(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
+    return _decoder(p, {"P": _clip(1, p.slots, p.slots), "R": _clip(1, 1, p.max_seq_len)})
+
+
+def _pictures(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
+    sides = dict.fromkeys(("height", "width"), _LATENT)
+    return [Phase("pictures", {"batch": _PICTURE_BATCH, **sides})]
+
+
+def _dit(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
+    # A picture without a reference passes a 2 x 2 stand-in; with one it has twice as many tokens. The
+    # largest sizes must fit each other: TensorRT evaluates a profile's corners.
+    reference: Range = (2, _LATENT[1], _LATENT[2])
+    sizes = {"batch": _PICTURE_BATCH, "height": _LATENT, "width": _LATENT}
+    sizes |= {
+        "reference_height": reference,
+        "reference_width": reference,
+        "tokens": (_TOKENS[0], _TOKENS[1], 2 * _TOKENS[2]),
+    }
+    return [Phase("denoise", sizes)]
+
+
+def _vae_encoder(_: Profile, facts: Mapping[str, Any]) -> list[Phase]:
+    factor = int(facts.get("factor", 8))
+    side = tuple(size * factor for size in _LATENT)
+    return [Phase("pictures", {"batch": (1, 1, 2), "height": side, "width": side})]  # type: ignore[dict-item]
+
+
+def _vae_decoder(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
+    return [Phase("pictures", {"batch": (1, 1, 2), "height": _LATENT, "width": _LATENT})]
+
+
+def _speech(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
+    return [Phase("chunk", {"B": _clip(1, 1, p.slots), "N": _CODES, "T": _CODES})]
+
+
+_PHASES: dict[str, Callable[[Profile, Mapping[str, Any]], list[Phase]]] = {
+    "vision_encoder": _vision,
+    "audio_encoder": _audio,
+    "llm": _llm,
+    "connector": _pictures,
+    "condition": _pictures,
+    "dit": _dit,
+    "vae_encoder": _vae_encoder,
+    "vae_decoder": _vae_decoder,
+    "talker": _talker,
+    "flow_encoder": _speech,
+    "flow_estimator": _speech,
+    "vocoder": _speech,
+}
+
+
+def phases(component: str, profile: Profile, facts: Mapping[str, Any]) -> list[Phase]:
+    """The profiles of an engine. `facts` are those of its export. Raises `BuildError` for an unknown engine."""
+    if component not in _PHASES:
+        raise BuildError(f"there are no profiles for engine '{component}': add them to {__name__}")
+    return _PHASES[component](profile, facts)
+
+
+def fixed_sizes(component: str, profile: Profile) -> dict[str, int]:
+    """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity."""
+    return {"T": profile.max_seq_len} if component in ("llm", "talker") else {}
