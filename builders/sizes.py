@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-# As in `builders/quantize.py`, which imports torch: the largest run of weights that divides a row shares a scale.
-_BLOCKS = (128, 64, 32, 16)
+from builders.quantize import SCHEMES, block_for
+
 _SCALE_BYTES = 4
 _PLAIN = {"fp32": 4, "fp16": 2, "bf16": 2}
 _TABLES = ("word_embeddings", "embed_tokens", "positional_embedding")
@@ -27,12 +27,13 @@ def weight_bytes(
     if target != "onnxruntime":
         # tables, norms, routers and the projection over the vocabulary stay in bf16
         return count * (2 if table or len(shape) < 2 or "lm_head" in name or "gates" in name else 1)
-    # The two matrices of an expert share a block; the first has its two halves one above the other.
-    widths = (shape[-1], shape[-2] // 2) if len(shape) == 3 else (shape[-1],)
-    block = next((block for block in _BLOCKS if len(shape) > 1 and not any(w % block for w in widths)), 0)
     if precision == "int8" and by_column and len(shape) == 2 and not table:
         return count + _SCALE_BYTES * (count // shape[-1])
-    if table or not block:
+    # The two matrices of an expert share a block; the first has its two halves one above the other.
+    widths = (shape[-1], shape[-2] // 2) if len(shape) == 3 else (shape[-1],)
+    block = block_for(*widths) if len(shape) > 1 and not table else None
+    if block is None:
         return 4 * count
-    bits = 4 if precision == "int4" and "lm_head" not in name else 8
+    scheme = SCHEMES[precision]
+    bits = scheme.experts if len(shape) == 3 else scheme.bits(name)
     return count * bits // 8 + _SCALE_BYTES * (count // block)
