@@ -1,0 +1,111 @@
+"""What one request of a benchmark left behind, and how it is measured by a client's clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ming_trt.errors import MingError
+from ming_trt.serving.client import Answer
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One request; times in seconds.
+
+    `due` is when it should have been sent, from the start of the phase; `late` how much later it was. The others count
+    from when it was due, so that a slow server cannot hide its queue in the client's. `arrivals`: (time, tokens) of
+    each message that brought tokens. `finished`: when the text was complete; `seconds`: when the stream ended.
+    `engine`: queue, prefill and decode by the language model's own clock. `error`: the sentence of a failed request,
+    which then counts as an error and in nothing else.
+    """
+
+    due: float
+    late: float = 0.0
+    seconds: float = 0.0
+    finished: float = 0.0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    engine: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+    @property
+    def first_token(self) -> float | None:
+        """Seconds to the first message with tokens; None if there was none."""
+        return self.arrivals[0][0] if self.arrivals else None
+
+    @property
+    def token_times(self) -> list[float]:
+        """The arrival of every token, those of one message at the same time."""
+        return [at for at, tokens in self.arrivals for _ in range(tokens)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; times to the microsecond."""
+        data = asdict(self)
+        data["arrivals"] = [(round(at, 6), tokens) for at, tokens in self.arrivals]
+        for name in ("due", "late", "seconds", "finished"):
+            data[name] = round(data[name], 6)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sample:
+        """Reads `as_dict` back."""
+        return cls(**{**data, "arrivals": [(float(at), int(tokens)) for at, tokens in data["arrivals"]]})
+
+
+def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock = time.perf_counter) -> Sample:
+    """Sends one request and reads its answer. `origin`: the clock's time at the start of the phase."""
+    sample = Sample(due)
+    sample.late = max(0.0, clock() - origin - due)
+    zero = origin + due
+    try:
+        answer = ask()
+        for delta in answer:
+            now = clock() - zero
+            tokens = len(delta.state.get("token_ids") or ())
+            if tokens:
+                sample.arrivals.append((now, tokens))
+            if delta.state.get("finish_reason"):
+                sample.finished = now
+        sample.seconds = clock() - zero
+        sample.prompt_tokens = int(answer.usage.get("prompt_tokens", 0))
+        sample.completion_tokens = int(answer.usage.get("completion_tokens", 0))
+        sample.finish_reason = answer.finish_reason or ""
+        sample.engine = {name: float(value) for name, value in answer.timings.items()}
+    except MingError as error:
+        sample.seconds = clock() - zero
+        sample.error = f"{type(error).__name__}: {error}"
+    return sample
+
+
+@dataclass(frozen=True, slots=True)
+class Playback:
+    """How a stream would have been played: how often it ran dry, and for how long it stood still (seconds)."""
+
+    underruns: int
+    stalled: float
+
+
+def playback(arrivals: Sequence[tuple[float, float]], lead: float = 0.0) -> Playback:
+    """Plays (arrival, duration) pieces, seconds, from `lead` after the first one on.
+
+    An underrun is a piece that arrives after all that came before it has been played: audio would fall silent, a
+    reader of text at that pace would wait.
+    """
+    underruns, stalled = 0, 0.0
+    end = (arrivals[0][0] + lead) if arrivals else 0.0
+    for at, duration in arrivals:
+        if at > end + 1e-9:
+            underruns, stalled, end = underruns + 1, stalled + at - end, at
+        end += duration
+    return Playback(underruns, stalled)

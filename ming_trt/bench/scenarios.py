@@ -1,0 +1,105 @@
+"""What a benchmark asks: one scenario per modality, with questions that follow from the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ming_trt.bench.media import Medium
+from ming_trt.errors import InputError
+
+_SUBJECTS = ("a kite", "the tide", "a lighthouse", "copper", "the number seven", "a bicycle", "rain", "an old map")
+_QUESTIONS = (
+    "Name three uses of {}.",
+    "Explain {} to a child in one paragraph.",
+    "What would surprise a visitor from 1800 about {}?",
+    "Write a short story that begins with {}.",
+    "Which questions would you ask an expert on {}?",
+)
+_LONG = 400  # words of the long prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`kind`: the medium that goes with the question ("" = none); `needs`: the server's input that carries it."""
+
+    name: str
+    title: str
+    kind: str = ""
+    needs: str = ""
+    question: str = ""
+    words: int = 0
+
+    def request(self, number: int, seed: int, media: Mapping[str, Medium], max_tokens: int) -> dict[str, Any]:
+        """Arguments of `Client.ask` for request `number`: equal ones for equal seeds.
+
+        The answer has `max_tokens` tokens exactly, whatever the model says, so that runs can be compared.
+        """
+        rng = np.random.default_rng([seed, number])
+        question = self.question or str(rng.choice(_QUESTIONS)).format(rng.choice(_SUBJECTS))
+        if self.words:
+            question = f"{_passage(rng, self.words)}\n\n{question}"
+        elif self.question:
+            # pictures stay, questions differ a little: nothing can be answered from a cache of prompts
+            question = f"{question} ({rng.choice(_SUBJECTS)}?)"
+        sampling = {"max_tokens": max_tokens, "temperature": 0, "seed": int(rng.integers(1 << 31)), "ignore_eos": True}
+        arguments: dict[str, Any] = {"text": question, "sampling": sampling}
+        if self.kind:
+            arguments[self.needs] = [media[self.kind].content]
+        return arguments
+
+
+SCENARIOS = (
+    Scenario("text", "text question"),
+    Scenario("long-text", f"question on {_LONG} words", words=_LONG),
+    Scenario("image", "picture", "image", "images", "What is in this picture?"),
+    Scenario("document", "page of text", "document", "images", "What is written on this page?"),
+    Scenario("video", "video", "video", "videos", "What happens in this video?"),
+    Scenario("audio", "recording", "audio", "audios", "What is said in this recording?"),
+)
+# What this benchmark would ask of servers that give more than text, and does not know how to yet.
+_OUTPUTS = {"audio": "speech", "image": "drawing"}
+
+
+def choose(
+    names: Collection[str], media: Mapping[str, Medium], inputs: Collection[str], outputs: Collection[str]
+) -> tuple[list[Scenario], dict[str, str]]:
+    """The scenarios that can run (`names`, or all), and why the others cannot.
+
+    `inputs` and `outputs`: tensors of the server's ensemble. Raises `InputError` for a name that is no scenario.
+    """
+    known = {scenario.name for scenario in SCENARIOS}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise InputError(f"there is no scenario '{unknown[0]}': choose among {', '.join(sorted(known))}")
+    chosen, skipped = [], {}
+    for scenario in SCENARIOS:
+        if names and scenario.name not in names:
+            continue
+        if scenario.needs and scenario.needs not in inputs:
+            skipped[scenario.name] = f"the server takes no '{scenario.needs}'"
+        elif scenario.kind and scenario.kind not in media:
+            skipped[scenario.name] = f"no {scenario.kind} file is at hand: give --media with one"
+        else:
+            chosen.append(scenario)
+    for output, name in _OUTPUTS.items():
+        if output in outputs:
+            skipped[name] = "the server offers it, and this benchmark measures text answers only"
+        else:
+            skipped[name] = f"the server has no output '{output}'"
+    return chosen, skipped
+
+
+def _passage(rng: np.random.Generator, words: int) -> str:
+    """Prose of so many words, different for each request from its first word on."""
+    sentences: list[str] = []
+    count = 0
+    while count < words:
+        first, second = rng.choice(_SUBJECTS, 2, replace=False)
+        sentence = f"On day {rng.integers(1, 1000)} we spoke of {first} and then of {second}, and noted what we learned."
+        sentences.append(sentence)
+        count += len(sentence.split())
+    return " ".join(sentences)
