@@ -1,0 +1,220 @@
+// Experts for 1 to 16 tokens: bound by the bytes of the chosen experts' weights, each of which is read once.
+//
+// Tokens are the 8 (or 2 x 8) columns of a tensor-core tile and 16 rows of weights its rows. The order of the summed
+// index is free as long as both operands agree, so a lane loads 16 contiguous bytes of a row, and they are its fragments
+// of two steps as they stand: weights go from memory to the tensor cores without shared memory or shuffles.
+#pragma once
+
+#include "device.cuh"
+#include "route.cuh"
+
+namespace ming {
+
+struct DecodeLaunch {
+  const void* x;        // [tokens, hidden]
+  const void* gate_up;  // [experts, 2 * width, hidden]
+  const void* down;     // [experts, hidden, width]
+  const void* addend;   // [tokens, hidden] or null
+  void* inner;          // [tokens * top_k, width]
+  void* y;              // [tokens, hidden]
+  const DecodePlan* plan;
+  int32_t tokens, hidden, width, top_k;
+};
+
+constexpr int32_t kRows = 16;                 // of weights, per block
+constexpr int32_t kChunk = 32;                // elements of K in one step of a warp: 4 lanes x 8
+constexpr int32_t kGateUpWarps = 8;
+constexpr int32_t kGateUpChunks = 4;          // steps whose loads are in flight together
+constexpr int32_t kDownWarps = 16;
+constexpr int32_t kDownChunks = 2;
+
+namespace detail {
+
+// The 8 elements of row `row` that start at `k`, zeros outside [0, rows) x [0, columns).
+template <class T>
+__device__ __forceinline__ uint4 weight_chunk(const T* matrix, int32_t row, int32_t rows, int32_t k, int32_t columns) {
+  if (row < rows && k < columns) {
+    return device::load_streaming(matrix + static_cast<int64_t>(row) * columns + k);
+  }
+  return uint4{0, 0, 0, 0};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 token_chunk(const T* row, int32_t k, int32_t columns) {
+  if (row != nullptr && k < columns) return *reinterpret_cast<const uint4*>(row + k);
+  return uint4{0, 0, 0, 0};
+}
+
+// Both tensor-core steps of a chunk: rows g and g + 8 of the weights against one column of tokens.
+template <class T>
+__device__ __forceinline__ void multiply_chunk(float (&sum)[4], const uint4& upper, const uint4& lower,
+                                               const uint4& token) {
+  const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+  const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+  device::mma_16816<T>(sum, first, token.x, token.y);
+  device::mma_16816<T>(sum, second, token.z, token.w);
+}
+
+}  // namespace detail
+
+// inner[token * top_k + place] = silu(gate(x)) * up(x), for block.y-th chosen expert and 16 of its rows.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kGateUpWarps * 32, 2) decode_gate_up_kernel(const __grid_constant__ DecodeLaunch p) {
+  __shared__ float partial[kGateUpWarps][2][kTiles][32][4];
+  const int32_t chosen = blockIdx.y;
+  if (chosen >= p.plan->count) return;
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t warp = threadIdx.x >> 5;
+  const int32_t group = lane >> 2;
+  const int32_t quad = lane & 3;
+  const int32_t first_row = blockIdx.x * kRows;
+  const T* gate = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(p.plan->expert[chosen]) * 2 * p.width * p.hidden;
+  const T* up = gate + static_cast<int64_t>(p.width) * p.hidden;
+  const T* token[kTiles];
+#pragma unroll
+  for (int32_t n = 0; n < kTiles; ++n) {
+    const int32_t t = n * 8 + group;
+    token[n] = t < p.tokens && p.plan->place[chosen][t] >= 0
+                   ? static_cast<const T*>(p.x) + static_cast<int64_t>(t) * p.hidden
+                   : nullptr;
+  }
+  float sum[2][kTiles][4] = {};
+  for (int32_t base = warp * kGateUpChunks * kChunk; base < p.hidden; base += kGateUpWarps * kGateUpChunks * kChunk) {
+    uint4 weights[kGateUpChunks][4];
+#pragma unroll
+    for (int32_t c = 0; c < kGateUpChunks; ++c) {
+      const int32_t k = base + c * kChunk + quad * 8;
+      weights[c][0] = detail::weight_chunk(gate, first_row + group, p.width, k, p.hidden);
+      weights[c][1] = detail::weight_chunk(gate, first_row + group + 8, p.width, k, p.hidden);
+      weights[c][2] = detail::weight_chunk(up, first_row + group, p.width, k, p.hidden);
+      weights[c][3] = detail::weight_chunk(up, first_row + group + 8, p.width, k, p.hidden);
+    }
+#pragma unroll
+    for (int32_t c = 0; c < kGateUpChunks; ++c) {
+      const int32_t k = base + c * kChunk + quad * 8;
+#pragma unroll
+      for (int32_t n = 0; n < kTiles; ++n) {
+        const uint4 values = detail::token_chunk(token[n], k, p.hidden);
+        detail::multiply_chunk<T>(sum[0][n], weights[c][0], weights[c][1], values);
+        detail::multiply_chunk<T>(sum[1][n], weights[c][2], weights[c][3], values);
+      }
+    }
+  }
+#pragma unroll
+  for (int32_t n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) {
+      partial[warp][0][n][lane][i] = sum[0][n][i];
+      partial[warp][1][n][lane][i] = sum[1][n][i];
+    }
+  }
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < kRows * 8 * kTiles; i += kGateUpWarps * 32) {
+    const int32_t row = i % kRows;
+    const int32_t t = i / kRows;
+    if (t >= p.tokens || first_row + row >= p.width) continue;
+    const int32_t place = p.plan->place[chosen][t];
+    if (place < 0) continue;
+    // Element (row, column) of a 16 x 8 accumulator: lane and register as PTX defines them.
+    const int32_t owner = (row & 7) * 4 + (t & 7) / 2;
+    const int32_t element = (row >> 3) * 2 + (t & 1);
+    float gate_sum = 0;
+    float up_sum = 0;
+#pragma unroll
+    for (int32_t w = 0; w < kGateUpWarps; ++w) {
+      gate_sum += partial[w][0][t >> 3][owner][element];
+      up_sum += partial[w][1][t >> 3][owner][element];
+    }
+    static_cast<T*>(p.inner)[static_cast<int64_t>(t * p.top_k + place) * p.width + first_row + row] =
+        from_float<T>(silu(gate_sum) * up_sum);
+  }
+}
+
+// y = sum over the chosen experts of weight * down(inner), in float32, rounded once; 16 rows of y for all tokens.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kDownWarps * 32, 1) decode_down_kernel(const __grid_constant__ DecodeLaunch p) {
+  __shared__ float partial[kDownWarps][kTiles][32][4];
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t warp = threadIdx.x >> 5;
+  const int32_t group = lane >> 2;
+  const int32_t quad = lane & 3;
+  const int32_t first_row = blockIdx.x * kRows;
+  const int32_t steps = (p.width + kDownChunks * kChunk - 1) / (kDownChunks * kChunk);  // of one expert
+  const int32_t units = p.plan->count * steps;
+  float total[kTiles][4] = {};
+#pragma unroll 2
+  for (int32_t unit = warp; unit < units; unit += kDownWarps) {
+    const int32_t chosen = unit / steps;
+    const int32_t base = (unit - chosen * steps) * kDownChunks * kChunk;
+    const T* matrix = static_cast<const T*>(p.down) + static_cast<int64_t>(p.plan->expert[chosen]) * p.hidden * p.width;
+    uint4 weights[kDownChunks][2];
+#pragma unroll
+    for (int32_t c = 0; c < kDownChunks; ++c) {
+      const int32_t k = base + c * kChunk + quad * 8;
+      weights[c][0] = detail::weight_chunk(matrix, first_row + group, p.hidden, k, p.width);
+      weights[c][1] = detail::weight_chunk(matrix, first_row + group + 8, p.hidden, k, p.width);
+    }
+#pragma unroll
+    for (int32_t n = 0; n < kTiles; ++n) {
+      const int32_t t = n * 8 + group;
+      const int32_t place = t < p.tokens ? p.plan->place[chosen][t] : -1;
+      const T* row = place >= 0 ? static_cast<const T*>(p.inner) + static_cast<int64_t>(t * p.top_k + place) * p.width
+                                : nullptr;
+      float sum[4] = {};
+#pragma unroll
+      for (int32_t c = 0; c < kDownChunks; ++c) {
+        const uint4 values = detail::token_chunk(row, base + c * kChunk + quad * 8, p.width);
+        detail::multiply_chunk<T>(sum, weights[c][0], weights[c][1], values);
+      }
+      // Columns 2 * quad and 2 * quad + 1 are this lane's; a token that did not choose the expert has weight 0.
+      const float even = p.plan->weight[chosen][n * 8 + quad * 2];
+      const float odd = p.plan->weight[chosen][n * 8 + quad * 2 + 1];
+      total[n][0] += even * sum[0];
+      total[n][1] += odd * sum[1];
+      total[n][2] += even * sum[2];
+      total[n][3] += odd * sum[3];
+    }
+  }
+#pragma unroll
+  for (int32_t n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) partial[warp][n][lane][i] = total[n][i];
+  }
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < kRows * 8 * kTiles; i += kDownWarps * 32) {
+    const int32_t row = i % kRows;
+    const int32_t t = i / kRows;
+    if (t >= p.tokens || first_row + row >= p.hidden) continue;
+    const int32_t owner = (row & 7) * 4 + (t & 7) / 2;
+    const int32_t element = (row >> 3) * 2 + (t & 1);
+    float sum = 0;
+#pragma unroll
+    for (int32_t w = 0; w < kDownWarps; ++w) sum += partial[w][t >> 3][owner][element];
+    T result = from_float<T>(sum);
+    const int64_t at = static_cast<int64_t>(t) * p.hidden + first_row + row;
+    if (p.addend != nullptr) result = from_float<T>(to_float(result) + to_float(static_cast<const T*>(p.addend)[at]));
+    static_cast<T*>(p.y)[at] = result;
+  }
+}
+
+// `most` is an upper bound of the number of chosen experts, known without reading the device.
+template <class T, int kTiles>
+int32_t launch_decode_tiles(const DecodeLaunch& launch, int32_t most, cudaStream_t stream) {
+  const auto blocks = [](int32_t rows) { return static_cast<unsigned>((rows + kRows - 1) / kRows); };
+  MING_LAUNCH((decode_gate_up_kernel<T, kTiles>), dim3(blocks(launch.width), static_cast<unsigned>(most)),
+              dim3(kGateUpWarps * 32), 0, stream, launch);
+  const auto status = static_cast<int32_t>(cudaGetLastError());
+  if (status != 0) return status;
+  MING_LAUNCH((decode_down_kernel<T, kTiles>), dim3(blocks(launch.hidden)), dim3(kDownWarps * 32), 0, stream, launch);
+  return static_cast<int32_t>(cudaGetLastError());
+}
+
+template <class T>
+int32_t launch_decode(const DecodeLaunch& launch, int32_t experts, cudaStream_t stream) {
+  const int32_t slots = launch.tokens * launch.top_k;
+  const int32_t most = slots < experts ? slots : experts;
+  return launch.tokens <= 8 ? launch_decode_tiles<T, 1>(launch, most, stream)
+                            : launch_decode_tiles<T, 2>(launch, most, stream);
+}
+
+}  // namespace ming
