@@ -164,13 +164,16 @@ def steps(
     _check_kv(preset, llm)
     limit = max_host_memory or DEFAULT_MEMORY
     _check_estimate(made, precision, limit)
-    weights = checkpoint.digest(source_names(sources), cache)
     result = []
     needs: tuple[str, ...] = ()
+    chosen = None
     if precision == "fp8":
         from builders.calibration_samples import choose
 
         chosen = choose(calibration, checkpoint.root)
+    # everything that can be refused is; this reads all weights the first time
+    weights = checkpoint.digest(source_names(sources), cache)
+    if chosen is not None:
         result.append(_calibration(chosen, config, checkpoint, weights, cache, limit))
         needs = (CALIBRATION,)
     fp8_cache = kv_precision(preset) == "fp8"

@@ -471,9 +471,9 @@ def _cast(input: Tensor, dtype: str) -> Tensor:
 
 
 def _where(condition: Tensor, input: Tensor, other: Tensor) -> Tensor:
-    if condition.dtype != "bool":
-        raise ShapeError(f"the condition of where is {condition.dtype}")
     result = elementwise("where", input, other)
+    if condition.dtype != "bool" or len(condition.shape) != len(result.shape):
+        raise ShapeError(f"where of {list(result.shape)} by {condition.dtype}{list(condition.shape)}")
     shape = tuple(_broadcast("where", a, b) for a, b in zip(condition.shape, result.shape, strict=True))
     return result.like(shape)
 
@@ -515,7 +515,6 @@ def recorder() -> Any:
         floordiv=_number,
         unsqueeze=_unsqueeze,
         allreduce=_allreduce,
-        PositionEmbeddingType=PositionEmbeddingType,
         SideStreamIDType=SideStreamIDType,
         AttentionMaskType=AttentionMaskType,
         Module=Module,

@@ -48,7 +48,6 @@ NETWORK: Mapping[str, Symbol] = {
     "floordiv": Symbol(_F, "floordiv", ("left", "right")),
     "unsqueeze": Symbol(_F, "unsqueeze", ("input", "axis")),
     "allreduce": Symbol(_F, "allreduce", ("tensor", "group")),
-    "PositionEmbeddingType": Symbol(_F, "PositionEmbeddingType", members=("mrope", "from_string")),
     "SideStreamIDType": Symbol(_F, "SideStreamIDType", members=("disable",)),
     "Module": Symbol("tensorrt_llm.module", "Module"),
     "Attention": Symbol(
