@@ -107,7 +107,7 @@ DEFAULT_THRESHOLDS: Mapping[str, Thresholds] = {
     "bf16": Thresholds(6e-2, 0.999, 28.0),
     "fp8": Thresholds(2e-1, 0.99, 16.0),
     "int8": Thresholds(1e-1, 0.998, 24.0),
-    "int4": Thresholds(8e-1, 0.9, 6.0),
+    "int4": Thresholds(5e-1, 0.97, 10.0),
 }
 
 
