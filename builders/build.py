@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry, trtllm
+from builders import registry, tensorrt_build, trtllm
 from builders.code import code_version, project_version, tool_versions
 from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
 from builders.workspace import CACHE, Hook, Workspace
@@ -34,7 +34,7 @@ from ming_trt.bundle import (
     StepEntry,
     sha256,
 )
-from ming_trt.errors import BuildError, BundleError, UnavailableError
+from ming_trt.errors import BuildError, BundleError
 from ming_trt.presets import Preset
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUN_TOOLS = ("onnxruntime",)
 GATE = "gate:"
+TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,8 @@ def check(options: Options) -> None:
         trtllm.check_selection(options.only)
     else:
         registry.check_names(options.only)
-        check_target(options.preset.target)
+        if options.preset.target in TENSORRT:
+            tensorrt_build.check(options.preset, options.only)
     if max(options.tensor_parallel, options.expert_parallel) > 1 and options.preset.target != "tensorrt-llm":
         raise BuildError(
             f"--tp {options.tensor_parallel} --ep {options.expert_parallel} need target tensorrt-llm, "
@@ -149,12 +151,6 @@ def check(options: Options) -> None:
     for name in options.preset.precision:
         if name not in ("default", *trtllm.PRECISIONS):
             registry.check_names((name,))
-
-
-def check_target(target: str) -> None:
-    """Raises `UnavailableError` if no builder of this installation makes engines for `target`."""
-    if target != "onnxruntime":
-        raise UnavailableError(f"target {target} has no builder in this version: build with --target onnxruntime")
 
 
 class _Plan:
@@ -236,7 +232,10 @@ class _Plan:
                 Step(GATE + name, "", _never, (name,), skip=f"there is no {name} to check"),
             ]
         precision = self.preset.precision_of(name)
+        tensorrt = self.preset.target in TENSORRT
         options = ExportOptions(self.preset.target, precision)
+        if tensorrt:
+            options = tensorrt_build.export_options(self.preset, name)
         sources = component.sources(self.config)
         check_sources(sources, self.checkpoint)
         thresholds = self.preset.thresholds(name)
@@ -249,6 +248,7 @@ class _Plan:
                 "options": [options.target, options.precision],
                 "code": code_version(module),
                 "tools": tool_versions(_EXPORT_TOOLS),
+                **self._tensorrt_key(name),
             }
         )
         gate_key = digest(
@@ -262,11 +262,25 @@ class _Plan:
         )
 
         def export(context: Context) -> Mapping[str, Any]:
-            facts = component.export(self.config, self.checkpoint, context.work, options)
+            if tensorrt:
+                facts = tensorrt_build.export_and_compile(
+                    component,
+                    self.config,
+                    self.checkpoint,
+                    context.work,
+                    self.preset,
+                    calibration=self.options.calibration,
+                    cache=self.cache,
+                    report=context.report,
+                )
+            else:
+                facts = component.export(self.config, self.checkpoint, context.work, options)
             self._check_memory(name)
             return {"precision": precision, "weights": weights, **facts}
 
         def gate(context: Context) -> Mapping[str, Any]:
+            if tensorrt:
+                return tensorrt_build.not_run(self.preset, context.facts[name]).as_dict()
             report = verify_component(
                 component,
                 self.config,
@@ -280,6 +294,13 @@ class _Plan:
             return report.as_dict()
 
         return [Step(name, key, export, output=name), Step(GATE + name, gate_key, gate, (name,))]
+
+    def _tensorrt_key(self, name: str) -> dict[str, Any]:
+        """What a plan depends on beside what a graph does; nothing for other targets."""
+        if self.preset.target not in TENSORRT:
+            return {}
+        settings = tensorrt_build.content_key(self.preset, name, self.options.calibration, self.options.checkpoint)
+        return {"tensorrt": settings, "compiler": code_version("builders.tensorrt_build")}
 
     def _check_memory(self, name: str) -> None:
         peak, limit = peak_memory(), self.options.max_host_memory

@@ -27,7 +27,7 @@ TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
 DEFAULT_PRESETS: Mapping[str, str] = {
     "onnxruntime": "cpu-fp32",
     "tensorrt": "h200-fp8",
-    "tensorrt-rtx": "h200-fp8",
+    "tensorrt-rtx": "rtx",
     "tensorrt-llm": "h200-fp8",
 }
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
