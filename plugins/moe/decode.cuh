@@ -24,19 +24,18 @@ struct DecodeLaunch {
 constexpr int32_t kRows = 16;                 // of weights, per block
 constexpr int32_t kChunk = 32;                // elements of K in one step of a warp: 4 lanes x 8
 constexpr int32_t kGateUpWarps = 8;
-constexpr int32_t kGateUpChunks = 4;          // steps whose loads are in flight together
+// Steps whose loads are in flight together: as many as 128 registers hold.
+template <int kTiles>
+constexpr int32_t kGateUpChunks = kTiles == 1 ? 4 : 2;
 constexpr int32_t kDownWarps = 16;
 constexpr int32_t kDownChunks = 2;
 
 namespace detail {
 
-// The 8 elements of row `row` that start at `k`, zeros outside [0, rows) x [0, columns).
+// The 8 elements at `source`, or zeros.
 template <class T>
-__device__ __forceinline__ uint4 weight_chunk(const T* matrix, int32_t row, int32_t rows, int32_t k, int32_t columns) {
-  if (row < rows && k < columns) {
-    return device::load_streaming(matrix + static_cast<int64_t>(row) * columns + k);
-  }
-  return uint4{0, 0, 0, 0};
+__device__ __forceinline__ uint4 weight_chunk(const T* source, bool valid) {
+  return valid ? device::load_streaming(source) : uint4{0, 0, 0, 0};
 }
 
 template <class T>
@@ -68,8 +67,12 @@ __global__ void __launch_bounds__(kGateUpWarps * 32, 2) decode_gate_up_kernel(co
   const int32_t group = lane >> 2;
   const int32_t quad = lane & 3;
   const int32_t first_row = blockIdx.x * kRows;
-  const T* gate = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(p.plan->expert[chosen]) * 2 * p.width * p.hidden;
-  const T* up = gate + static_cast<int64_t>(p.width) * p.hidden;
+  const bool upper = first_row + group < p.width;
+  const bool lower = first_row + group + 8 < p.width;
+  const T* gate = static_cast<const T*>(p.gate_up) +
+                  (static_cast<int64_t>(p.plan->expert[chosen]) * 2 * p.width + first_row + group) * p.hidden;
+  const int64_t lower_offset = int64_t{8} * p.hidden;
+  const int64_t up_offset = static_cast<int64_t>(p.width) * p.hidden;
   const T* token[kTiles];
 #pragma unroll
   for (int32_t n = 0; n < kTiles; ++n) {
@@ -79,18 +82,20 @@ __global__ void __launch_bounds__(kGateUpWarps * 32, 2) decode_gate_up_kernel(co
                    : nullptr;
   }
   float sum[2][kTiles][4] = {};
-  for (int32_t base = warp * kGateUpChunks * kChunk; base < p.hidden; base += kGateUpWarps * kGateUpChunks * kChunk) {
-    uint4 weights[kGateUpChunks][4];
+  constexpr int32_t kChunks = kGateUpChunks<kTiles>;
+  for (int32_t base = warp * kChunks * kChunk; base < p.hidden; base += kGateUpWarps * kChunks * kChunk) {
+    uint4 weights[kChunks][4];
 #pragma unroll
-    for (int32_t c = 0; c < kGateUpChunks; ++c) {
+    for (int32_t c = 0; c < kChunks; ++c) {
       const int32_t k = base + c * kChunk + quad * 8;
-      weights[c][0] = detail::weight_chunk(gate, first_row + group, p.width, k, p.hidden);
-      weights[c][1] = detail::weight_chunk(gate, first_row + group + 8, p.width, k, p.hidden);
-      weights[c][2] = detail::weight_chunk(up, first_row + group, p.width, k, p.hidden);
-      weights[c][3] = detail::weight_chunk(up, first_row + group + 8, p.width, k, p.hidden);
+      const bool inside = k < p.hidden;
+      weights[c][0] = detail::weight_chunk(gate + k, upper && inside);
+      weights[c][1] = detail::weight_chunk(gate + lower_offset + k, lower && inside);
+      weights[c][2] = detail::weight_chunk(gate + up_offset + k, upper && inside);
+      weights[c][3] = detail::weight_chunk(gate + up_offset + lower_offset + k, lower && inside);
     }
 #pragma unroll
-    for (int32_t c = 0; c < kGateUpChunks; ++c) {
+    for (int32_t c = 0; c < kChunks; ++c) {
       const int32_t k = base + c * kChunk + quad * 8;
 #pragma unroll
       for (int32_t n = 0; n < kTiles; ++n) {
@@ -146,24 +151,25 @@ __global__ void __launch_bounds__(kDownWarps * 32, 1) decode_down_kernel(const _
   for (int32_t unit = warp; unit < units; unit += kDownWarps) {
     const int32_t chosen = unit / steps;
     const int32_t base = (unit - chosen * steps) * kDownChunks * kChunk;
-    const T* matrix = static_cast<const T*>(p.down) + static_cast<int64_t>(p.plan->expert[chosen]) * p.hidden * p.width;
+    const T* row = static_cast<const T*>(p.down) +
+                   (static_cast<int64_t>(p.plan->expert[chosen]) * p.hidden + first_row + group) * p.width;
     uint4 weights[kDownChunks][2];
 #pragma unroll
     for (int32_t c = 0; c < kDownChunks; ++c) {
       const int32_t k = base + c * kChunk + quad * 8;
-      weights[c][0] = detail::weight_chunk(matrix, first_row + group, p.hidden, k, p.width);
-      weights[c][1] = detail::weight_chunk(matrix, first_row + group + 8, p.hidden, k, p.width);
+      weights[c][0] = detail::weight_chunk(row + k, first_row + group < p.hidden && k < p.width);
+      weights[c][1] = detail::weight_chunk(row + int64_t{8} * p.width + k, first_row + group + 8 < p.hidden && k < p.width);
     }
 #pragma unroll
     for (int32_t n = 0; n < kTiles; ++n) {
       const int32_t t = n * 8 + group;
       const int32_t place = t < p.tokens ? p.plan->place[chosen][t] : -1;
-      const T* row = place >= 0 ? static_cast<const T*>(p.inner) + static_cast<int64_t>(t * p.top_k + place) * p.width
-                                : nullptr;
+      const T* token =
+          place >= 0 ? static_cast<const T*>(p.inner) + static_cast<int64_t>(t * p.top_k + place) * p.width : nullptr;
       float sum[4] = {};
 #pragma unroll
       for (int32_t c = 0; c < kDownChunks; ++c) {
-        const uint4 values = detail::token_chunk(row, base + c * kChunk + quad * 8, p.width);
+        const uint4 values = detail::token_chunk(token, base + c * kChunk + quad * 8, p.width);
         detail::multiply_chunk<T>(sum, weights[c][0], weights[c][1], values);
       }
       // Columns 2 * quad and 2 * quad + 1 are this lane's; a token that did not choose the expert has weight 0.

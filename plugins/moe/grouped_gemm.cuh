@@ -86,32 +86,30 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
   // Each thread copies chunk `thread % 8` of rows `thread / 8 + 32 * i` of both tiles.
   constexpr int32_t kCopies = kTileRows * 8 / kGemmThreads;
   const int32_t chunk = thread & 7;
-  const T* a_source[kCopies];
-  const T* b_source[kCopies];
+  int32_t a_row[kCopies];  // -1: zeros
+  int32_t b_row[kCopies];
 #pragma unroll
   for (int32_t i = 0; i < kCopies; ++i) {
     const int32_t r = (thread >> 3) + i * (kGemmThreads / 8);
     const int32_t row = tile.begin + r;
-    a_source[i] = nullptr;
-    if (row < tile.end) {
-      const int32_t source = p.gather != nullptr ? p.gather[row] / p.gather_divisor : row;
-      a_source[i] = static_cast<const T*>(p.a) + static_cast<int64_t>(source) * p.depth + chunk * 8;
-    }
+    a_row[i] = -1;
+    if (row < tile.end) a_row[i] = p.gather != nullptr ? p.gather[row] / p.gather_divisor : row;
     int32_t column;
-    const int32_t b_row = first_column + detail::tile_column<kSwiGlu, kWgmma>(r, p.out_columns, column);
-    b_source[i] = first_column + column < p.out_columns ? b + static_cast<int64_t>(b_row) * p.depth + chunk * 8 : nullptr;
+    b_row[i] = first_column + detail::tile_column<kSwiGlu, kWgmma>(r, p.out_columns, column);
+    if (first_column + column >= p.out_columns) b_row[i] = -1;
   }
+  const T* a = static_cast<const T*>(p.a);
+  const auto load_chunk = [&](unsigned char* target, const T* matrix, int32_t row, int32_t k) {
+    const bool valid = row >= 0 && k < p.depth;
+    device::copy_async_16(target, valid ? matrix + static_cast<int64_t>(row) * p.depth + k : matrix, valid);
+  };
   const auto load_stage = [&](int32_t stage, int32_t k) {
     unsigned char* a_tile = shared + stage * 2 * kTileBytes;
-    const bool inside = k + chunk * 8 < p.depth;
 #pragma unroll
     for (int32_t i = 0; i < kCopies; ++i) {
       const int32_t target = detail::swizzled((thread >> 3) + i * (kGemmThreads / 8), chunk);
-      const bool a_valid = inside && a_source[i] != nullptr;
-      const bool b_valid = inside && b_source[i] != nullptr;
-      device::copy_async_16(a_tile + target, a_valid ? a_source[i] + k : static_cast<const T*>(p.a), a_valid);
-      device::copy_async_16(a_tile + kTileBytes + target, b_valid ? b_source[i] + k : static_cast<const T*>(p.b),
-                            b_valid);
+      load_chunk(a_tile + target, a, a_row[i], k + chunk * 8);
+      load_chunk(a_tile + kTileBytes + target, b, b_row[i], k + chunk * 8);
     }
   };
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ RopeUnit<T, kVector> load_unit(const RopeLaunch& laun
 
 // A block rotates all heads of `tokens_per_block` neighbouring tokens, so that a token's angles are made once.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kRopeThreads, 3) rotate_kernel(const __grid_constant__ RopeLaunch launch) {
+__global__ void __launch_bounds__(kRopeThreads, 2) rotate_kernel(const __grid_constant__ RopeLaunch launch) {
   MING_DYNAMIC_SHARED(shared);
   float* table = reinterpret_cast<float*>(shared);  // [tokens][half][cos, sin]
   const RopeCall& c = launch.call;

@@ -79,7 +79,7 @@ def test_rotation_matches_float64(
 
 
 def test_packed_input_and_append_to_a_cache(library: ctypes.CDLL) -> None:
-    """q, k, v read from a packed projection; k and v written to caches at each entry's own place, all else untouched."""
+    """q, k, v read from a packed projection; k and v go to each entry's own place in caches, all else is untouched."""
     rope = random_rope(5, 2, 6, AXES[0], torch.bfloat16)
     heads, kv_heads, head_dim = 3, 2, 2 * len(rope.axes)
     packed = torch.randn(2, 6, (heads + 2 * kv_heads) * head_dim).to(torch.bfloat16)
