@@ -239,6 +239,11 @@ class Graph:
                 space.abandon(work)
             _note_failure(space, step.name, error)
             return Result(Outcome.FAIL, key, error=error, seconds=time.monotonic() - started)
+        except BaseException:
+            # interrupted: the next builder would clear this away, but it may be large
+            if work is not None:
+                space.abandon(work)
+            raise
 
 
 def _inputs(step: Step, results: Mapping[str, Result]) -> dict[str, str]:

@@ -214,6 +214,17 @@ def test_failure_stops_and_names_the_step(tmp_path: Path) -> None:
     assert not list((tmp_path / "b" / ".work").iterdir())
 
 
+def test_interrupt_leaves_no_work_and_is_passed_on(tmp_path: Path) -> None:
+    def interrupted(context: Context) -> Mapping[str, Any]:
+        (context.work / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "b") as space:
+        Graph([Step("x", "1", interrupted, output="x")]).run(space)
+    assert not list((tmp_path / "b" / ".work").iterdir())
+    toy.build(tmp_path / "b", "one")
+
+
 def test_skipped_needs_are_passed_on(tmp_path: Path) -> None:
     graph = Graph([Step("x", "1", _nothing, skip="no weights"), Step("y", "1", _nothing, ("x",))])
     with Workspace(tmp_path / "b") as space:
