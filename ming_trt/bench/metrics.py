@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from ming_trt.bench.samples import Sample, playback
@@ -76,7 +77,7 @@ class MessageGap:
 
     def of(self, sample: Sample) -> Sequence[float]:
         times = [at for at, _ in sample.arrivals]
-        return [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+        return [1000 * (after - before) for before, after in pairwise(times)]
 
 
 class EndToEnd:

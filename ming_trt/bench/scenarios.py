@@ -99,7 +99,7 @@ def _passage(rng: np.random.Generator, words: int) -> str:
     count = 0
     while count < words:
         first, second = rng.choice(_SUBJECTS, 2, replace=False)
-        sentence = f"On day {rng.integers(1, 1000)} we spoke of {first} and then of {second}, and noted what we learned."
+        sentence = f"On day {rng.integers(1, 1000)} we spoke of {first} and then of {second}, and took notes."
         sentences.append(sentence)
         count += len(sentence.split())
     return " ".join(sentences)

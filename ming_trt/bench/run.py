@@ -1,0 +1,221 @@
+"""Runs a benchmark: scenarios x loads against one server, and gives the report as JSON-ready values."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ming_trt import __version__
+from ming_trt.bench.ceiling import ServedModel, shares
+from ming_trt.bench.hops import account
+from ming_trt.bench.load import Load, run_load
+from ming_trt.bench.machine import Ceiling, environment, is_local, measure_ceiling
+from ming_trt.bench.media import Medium, find_media
+from ming_trt.bench.metrics import Slo, summaries, totals
+from ming_trt.bench.samples import Sample, measure
+from ming_trt.bench.scenarios import Scenario, choose
+from ming_trt.bench.server import ModelCount, ServerView
+from ming_trt.errors import InputError, ServeError
+from ming_trt.serving.client import Client
+from ming_trt.serving.graph import ENSEMBLE
+
+SCHEMA = 1
+KIND = "ming-trt bench"
+# Without rates of the user's: these shares of the best throughput that was seen.
+AUTO_RATES = (0.5, 0.8)
+# Triton counts a request only after its last response went out.
+_SETTLE_S = 2.0
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure. `rates` None: `AUTO_RATES` of the best closed-loop throughput; empty: none.
+
+    `requests` and `warmup` are per scenario and load; the warm-up is thrown away. `bundle`: what the server serves,
+    for MBU and MFU.
+    """
+
+    url: str
+    scenarios: tuple[str, ...] = ()
+    concurrency: tuple[int, ...] = (1, 2, 4)
+    rates: tuple[float, ...] | None = None
+    requests: int = 20
+    warmup: int = 2
+    max_tokens: int = 32
+    seed: int = 0
+    slo: Slo = field(default_factory=Slo)
+    media: Path | None = None
+    bundle: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        if self.warmup < 0:
+            raise InputError(f"--warmup is {self.warmup}: give 0 or more")
+        if not self.concurrency and not self.rates:
+            raise InputError("there is no load to measure: give --concurrency or --rate")
+        if any(value < 1 for value in self.concurrency):
+            raise InputError(f"--concurrency has {min(self.concurrency)}: give at least 1")
+        if any(value <= 0 for value in self.rates or ()):
+            raise InputError(f"--rate has {min(self.rates or ())}: give requests per second, more than 0")
+
+
+def run(options: Options, progress: Progress = lambda line: None) -> dict[str, Any]:
+    """The report. Raises `ServeError` if the server does not answer, or if no request at all succeeded."""
+    model = ServedModel.of(options.bundle) if options.bundle else None
+    media = find_media(options.media)
+    with Client(options.url) as client, ServerView(options.url) as view:
+        if not client.ready():
+            view.counts()  # says what is wrong, if the server is not there at all
+            raise ServeError(f"the server at {options.url} is not ready: wait until its models are loaded")
+        server = view.describe()
+        chosen, skipped = choose(options.scenarios, media, view.inputs(), client.outputs())
+        if not chosen:
+            raise InputError(f"no scenario can run: {'; '.join(f'{n}: {why}' for n, why in skipped.items())}")
+        # Before the load: afterwards the server's caches would be cold, and while it runs they would compete.
+        ceiling = measure_ceiling() if is_local(options.url) else None
+        points = [
+            point
+            for scenario in chosen
+            for point in _Scenario(options, client, view, scenario, media, progress).points(model, ceiling)
+        ]
+    if not any(point["totals"]["succeeded"] for point in points):
+        errors = {sentence for point in points for sentence in point["totals"]["errors"]}
+        raise ServeError(f"no request succeeded: {min(errors)}")
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "options": _described(options, media),
+        "environment": environment(),
+        "server": server,
+        "manifest": dict(model.manifest) if model else None,
+        "ceiling": ceiling.as_dict() if ceiling else None,
+        "points": points,
+        "skipped": skipped,
+    }
+
+
+class _Scenario:
+    """The measurements of one scenario."""
+
+    def __init__(
+        self,
+        options: Options,
+        client: Client,
+        view: ServerView,
+        scenario: Scenario,
+        media: Mapping[str, Medium],
+        progress: Progress,
+    ) -> None:
+        self._options, self._client, self._view = options, client, view
+        self._scenario, self._media, self._progress = scenario, media, progress
+
+    def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> list[dict[str, Any]]:
+        """All loads: concurrencies first, since they tell the rates."""
+        options, found = self._options, []
+        for number in options.concurrency:
+            found.append(self._point(Load("concurrency", number), model, ceiling))
+        rates: Sequence[float] = options.rates or ()
+        if options.rates is None:
+            best = max((point["totals"]["requests_per_s"] for point in found), default=0.0)
+            rates = [share * best for share in AUTO_RATES] if best else []
+        return found + [self._point(Load("rate", rate), model, ceiling) for rate in rates]
+
+    def _point(self, load: Load, model: ServedModel | None, ceiling: Ceiling | None) -> dict[str, Any]:
+        options = self._options
+        # Other questions than those that count: a cache of prompts would make these look fast.
+        together = load.value if load.kind == "concurrency" else 1
+        run_load(Load("concurrency", together), options.warmup, self._send(1, options.warmup), options.seed)
+        before = self._counts()
+        samples, wall = run_load(load, options.requests, self._send(0, options.requests), options.seed)
+        counts = {
+            name: count.since(before.get(name, ModelCount()))
+            for name, count in self._settled(before, len(samples)).items()
+        }
+        metrics = summaries(samples, options.slo)
+        good = [sample for sample in samples if sample.ok]
+        accounting = account(samples, counts)
+        point: dict[str, Any] = {
+            "scenario": self._scenario.name,
+            "title": self._scenario.title,
+            "load": load.as_dict(),
+            "totals": totals(samples, wall, options.slo),
+            "prompt_tokens": fmean(sample.prompt_tokens for sample in good) if good else 0,
+            "completion_tokens": fmean(sample.completion_tokens for sample in good) if good else 0,
+            "metrics": metrics,
+            "hops": accounting.as_dict() if accounting else None,
+            "ceiling": None,
+            "samples": [sample.as_dict() for sample in samples],
+        }
+        if model and ceiling and good:
+            point["ceiling"] = shares(model, ceiling, load, metrics, point["prompt_tokens"], point["completion_tokens"])
+        self._progress(_line(self._scenario.name, load, point))
+        return point
+
+    def _send(self, stream: int, requests: int) -> Callable[[int, float, float], Sample]:
+        options = self._options
+        seed = 2 * options.seed + stream
+        # made now, since it would count as time of the request
+        prepared = [self._scenario.request(i, seed, self._media, options.max_tokens) for i in range(requests)]
+
+        def send(number: int, due: float, origin: float) -> Sample:
+            return measure(lambda: self._client.ask(**prepared[number]), due, origin)
+
+        return send
+
+    def _counts(self) -> dict[str, ModelCount]:
+        """The statistics once they stand still: the last request of the warm-up may not have been counted yet."""
+        seen = self._view.counts()
+        deadline = time.perf_counter() + _SETTLE_S
+        while time.perf_counter() < deadline:
+            time.sleep(0.05)
+            again = self._view.counts()
+            if again == seen:
+                break
+            seen = again
+        return seen
+
+    def _settled(self, before: Mapping[str, ModelCount], requests: int) -> dict[str, ModelCount]:
+        """The statistics once all `requests` are in them, or after a while as they are."""
+        deadline = time.perf_counter() + _SETTLE_S
+        while True:
+            counts = self._counts()
+            seen = counts.get(ENSEMBLE, ModelCount()).since(before.get(ENSEMBLE, ModelCount()))
+            if seen.succeeded + seen.failed >= requests or time.perf_counter() > deadline:
+                return counts
+
+
+def _line(name: str, load: Load, point: Mapping[str, Any]) -> str:
+    counted, metrics = point["totals"], point["metrics"]
+    text = f"{name}, {load}: {counted['succeeded']} of {counted['requests']} requests"
+    for key in ("ttft", "itl", "e2e"):
+        if key in metrics:
+            text += f", {key} p50 {metrics[key]['p50']['value']:.1f} {metrics[key]['unit']}"
+    return text
+
+
+def _described(options: Options, media: Mapping[str, Medium]) -> dict[str, Any]:
+    return {
+        "url": options.url,
+        "concurrency": list(options.concurrency),
+        "rates": "auto" if options.rates is None else list(options.rates),
+        "requests": options.requests,
+        "warmup": options.warmup,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
+        "slo": {
+            "first_token_s": options.slo.first_token,
+            "per_token_s": options.slo.per_token,
+            "total_s": options.slo.total,
+        },
+        "media": {kind: medium.name for kind, medium in media.items()},
+    }
