@@ -189,7 +189,9 @@ def steps(
     def gate(context: Context) -> Mapping[str, Any]:
         from builders.trtllm_verify import verify
 
-        return verify(context.inputs[NAME], config, checkpoint, preset.thresholds(NAME)).as_dict()
+        report = verify(context.inputs[NAME], config, checkpoint, preset.thresholds(NAME))
+        _check_peak(GATE, limit)
+        return report.as_dict()
 
     return [*result, Step(GATE, gate_key, gate, (NAME,))]
 

@@ -8,6 +8,7 @@ rounded to E4M3 as the engine's quantise nodes do. It is a check, not a runtime:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+import torch
 
 from builders.trtllm_fp8 import MAX
 from builders.trtllm_layout import INPUT_SCALE, LAYER, WEIGHT, WEIGHT_SCALE
 from builders.trtllm_write import rank_file
+from ming_trt.checkpoint import ITEM_SIZE, tensor_headers
+from ming_trt.models.weights import TORCH_DTYPES
 from ming_trt.trtllm.prompt_table import AUDIO, IMAGE, modality_of
 
 Floats = npt.NDArray[np.float32]
@@ -34,9 +37,8 @@ class NumpyEngine:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
         self.mapping: dict[str, int] = self.config["mapping"]
         self.ranks = range(self.mapping["world_size"])
-        # the library has no annotations
-        self._files: list[Any] = [safe_open(folder / rank_file(rank), framework="pt") for rank in self.ranks]
-        self._names = [set(file.keys()) for file in self._files]
+        files = [folder / rank_file(rank) for rank in self.ranks]
+        self._names = [{info.name: info for info in tensor_headers(file)} for file in files]
         self._activations = activations
         self._tap = tap
         self.num_layers: int = self.config["num_hidden_layers"]
@@ -45,9 +47,15 @@ class NumpyEngine:
 
     def tensor(self, name: str, rank: int = 0, slot: int | None = None) -> Floats:
         """A stored tensor, or one entry of a stack, as float32 of the stored numbers (scales are not applied)."""
-        file = self._files[rank]
-        value = file.get_tensor(name) if slot is None else file.get_slice(name)[slot : slot + 1][0]
-        array: Floats = value.float().numpy()
+        info = self._names[rank][name]
+        shape = info.shape if slot is None else info.shape[1:]
+        size = ITEM_SIZE[info.dtype] * math.prod(shape)
+        # read, not mapped: pages of a mapped file would count as this process's memory
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset + (slot or 0) * size)
+            data = bytearray(file.read(size))
+        values = torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).reshape(shape)
+        array: Floats = values.float().numpy()
         return array
 
     def linear(self, x: Floats, module: str, rank: int, slot: int | None = None, expert: int = -1) -> Floats:

@@ -233,3 +233,23 @@ def test_a_build_killed_ten_times_gives_the_same_bundle(tmp_path: Path) -> None:
     assert len(names) >= 5
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_memory_at_the_official_widths(tmp_path: Path) -> None:
+    """Two layers of 1.1 GiB each, calibrated, exported and read back, within 1 GiB, a quarter of the default limit: a
+    step that held a whole layer would fail."""
+    root = Path(__file__).parents[2]
+    script = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import trtllm_export; from pathlib import Path; "
+        f"trtllm_export.make(Path({str(tmp_path / 'wide')!r}), 2)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+    command = [sys.executable, "-m", "ming_trt", "build", str(tmp_path / "wide"), "-o", str(tmp_path / "bundle")]
+    command += ["--only", "llm-checkpoint", "--precision", "fp8", "--max-host-memory", "1GiB", "--tp", "2"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "bundle" / ".journal").read_text().splitlines()]
+    peaks = {event["step"]: event["peak_bytes"] for event in events if event["event"] == "built"}
+    assert set(peaks) == {"assets", "llm-calibration", "llm-checkpoint", "gate:llm-checkpoint"}
+    assert max(peaks.values()) < 2**30, peaks
