@@ -9,11 +9,12 @@ Neither numpy nor torch is needed. Media are sent as the files they are; the ser
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,17 +24,18 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from ming_trt import errors
-from ming_trt.errors import CancelledError, InputError, MingError, ServeError
+from ming_trt.errors import InputError, MingError, ServeError
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import Region, is_local, release, share
-from ming_trt.serving.wire import bytes_tensor, infer_request, is_final, json_tensor
+from ming_trt.serving.wire import bytes_tensor, infer_request, json_tensor
 
 DEFAULT_URL = "localhost:8001"
 # The server ends a request whose client has not been heard of for this long.
 LEASE_S = 15.0
 Media = bytes | str | Path
 _CONTROL_TIMEOUT_S = 10.0
-# How long closing waits for the server to let go of a cancelled request's shared memory.
+# How long a stream that nobody reads any more may take to end, and how long closing the client waits for that.
+_DRAIN_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 2.0
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -47,7 +49,7 @@ class Delta:
 
 
 class Answer:
-    """The answer to one question, as it comes. Iterate over it once; `cancel` (or leaving its `with`) ends it early.
+    """The answer to one question, as it comes. Iterate over it once; leaving its `with`, or `cancel`, ends it early.
 
     After the end: `text`, `finish_reason` ("stop" or "length"), `usage` and `timings` as the server gave them, and the
     client's own clock: `first_token_s` until the first text, `seconds` in all.
@@ -67,8 +69,7 @@ class Answer:
         self._ended = threading.Event()
         self._lost = ""
         self._regions = list(regions)
-        self._cancelled = False
-        self._final = False
+        self._complete = False
         self._started = time.perf_counter()
         self._call = client._stub.ModelStreamInfer(iter([request]))
         self._deltas = self._read()
@@ -87,18 +88,13 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
+        self._deltas.close()
+        self._stop()
 
     def cancel(self) -> None:
-        """Ends the request at the server and here; harmless after its end."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        self._cancelled = True
-        try:
+        """Asks the server to end the request; harmless after its end. The iteration then ends with `CancelledError`."""
+        if not self._ended.is_set():
             self._client.control("cancel", self.id)
-        finally:
-            self._stop()
 
     def read_all(self) -> str:
         """Waits for the end; the whole text."""
@@ -122,37 +118,54 @@ class Answer:
             "tokens_per_s": (tokens - 1) / decode if tokens > 1 and self.first_token_s and decode > 0 else None,
         }
 
-    def _read(self) -> Iterator[Delta]:
+    def _read(self) -> Generator[Delta, None, None]:
+        failure: MingError | None = None
         try:
             for message in self._call:
+                # Read on to the end of the stream, also after an error: see `_drain`.
                 if message.error_message:
-                    raise _error(message.error_message)
+                    failure = failure or _error(message.error_message)
+                    continue
                 delta = self._delta(message.infer_response)
                 if delta is not None:
                     yield delta
-                if is_final(message.infer_response):
-                    self._final = True
-                    break
+            self._complete = True
         except grpc.RpcError as error:
-            raise self._explain(error) from None
+            self._complete, failure = True, self._explain(error)
         finally:
-            self.seconds = time.perf_counter() - self._started
-            # Reached early if the caller drops the iterator: the stream ends, and the lease is no longer renewed.
-            self._ended.set()
             self._stop()
-        if self._cancelled:
-            raise CancelledError(f"request '{self.id}' was cancelled")
-        if self.finish_reason is None:
-            raise ServeError("the server ended the answer without a finish reason: look into its log")
+        if failure is None and self.finish_reason is None:
+            failure = ServeError("the server ended the answer without a finish reason: look into its log")
+        if failure is not None:
+            raise failure
 
     def _stop(self) -> None:
-        """Ends the stream, and gives back shared memory, which the server keeps in use until the request has ended."""
-        self._call.cancel()
-        regions, self._regions = self._regions, []
-        if regions and self._final:
-            release(regions)
-        elif regions:
-            self._client._release_later(regions)
+        """The end of this answer for its reader; if that is not the end of the stream, it is read to there unseen."""
+        if self._ended.is_set():
+            return
+        self.seconds = time.perf_counter() - self._started
+        self._ended.set()
+        if self._complete:
+            release(self._regions)
+        else:
+            self._client._later(self._drain)
+
+    def _drain(self) -> None:
+        """Cancels the request and waits for the end of its stream.
+
+        Ending the stream from here is what one would expect, but Triton 2.51 then keeps the request, and with it the
+        ensemble, in memory for ever. Shared memory, too, is in use until the request has ended.
+        """
+        emergency = threading.Timer(_DRAIN_TIMEOUT_S, self._call.cancel)
+        emergency.daemon = True
+        emergency.start()
+        with contextlib.suppress(MingError):
+            self._client.control("cancel", self.id)
+        with contextlib.suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
+        emergency.cancel()
+        release(self._regions)
 
     def _delta(self, response: Any) -> Delta | None:
         texts, state = bytes_tensor(response, "text"), json_tensor(response, "state")
@@ -170,12 +183,10 @@ class Answer:
     def _explain(self, error: Any) -> MingError:
         if self._lost:
             return ServeError(self._lost)
-        if self._cancelled:
-            return CancelledError(f"request '{self.id}' was cancelled")
         return self._client._explain(error)
 
     def _renew(self, lease_s: float) -> None:
-        while not self._ended.wait(lease_s / 3):
+        while not self._ended.wait(lease_s / 3) and not self._client.closed:
             try:
                 reply = self._client.control("renew", self.id, lease_s)
             except MingError:
@@ -192,13 +203,15 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.removeprefix("grpc://")
         self._channel = grpc.insecure_channel(self.url, options=_OPTIONS)
-        self._releasing: list[threading.Thread] = []
+        self.closed = False
+        self._draining: list[threading.Thread] = []
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:
         """Ends the connection, and with it the answers that still stream."""
-        for thread in self._releasing:
+        for thread in self._draining:
             thread.join(_CLOSE_TIMEOUT_S)
+        self.closed = True
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -278,9 +291,10 @@ class Client:
             raise self._explain(error) from None
         return tuple(output.name for output in metadata.outputs)
 
-    def _release_later(self, regions: Sequence[Region]) -> None:
-        thread = threading.Thread(target=release, args=(regions,), name="release", daemon=True)
-        self._releasing = [each for each in self._releasing if each.is_alive()] + [thread]
+    def _later(self, work: Callable[[], None]) -> None:
+        """Does it in the background; `close` waits a little for it."""
+        thread = threading.Thread(target=work, name="drain", daemon=True)
+        self._draining = [each for each in self._draining if each.is_alive()] + [thread]
         thread.start()
 
     def _share(self, inputs: Mapping[str, Sequence[bytes]]) -> dict[str, Region]:

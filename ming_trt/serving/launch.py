@@ -156,8 +156,8 @@ class Server:
     def _has_ended(self, process: subprocess.Popen[bytes]) -> bool:
         """Waits for the end after SIGTERM; False if it is time to insist.
 
-        Now and then (1 of 7 on a loaded machine) the unloading of an idle stub of Triton 2.51 hangs until the exit
-        timeout. Once no request is in flight nothing is lost by not waiting for it, except a trace, written at the end.
+        After a dead stub, or a client that broke off its stream, unloading hangs in Triton 2.51 until the exit timeout.
+        Once no request is in flight nothing is lost by not waiting for it, except a trace, which is written at the end.
         """
         deadline, idle_since = time.monotonic() + EXIT_TIMEOUT_S + 10, None
         while time.monotonic() < deadline:

@@ -63,12 +63,6 @@ def json_tensor(response: Any, name: str) -> dict[str, Any] | None:
     return value
 
 
-def is_final(response: Any) -> bool:
-    """Whether no response of this request follows."""
-    parameter = response.parameters.get("triton_final_response")
-    return parameter is not None and bool(parameter.bool_param)
-
-
 def _split(raw: bytes) -> Iterator[bytes]:
     place = 0
     while place < len(raw):

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -194,11 +196,27 @@ def test_lease_runs_out_without_renewal_and_not_with_it(toy_server: Server, clie
     renewed.cancel()
 
 
+def test_killed_client_frees_the_llm(toy_server: Server) -> None:
+    """It goes without a word, so its lease ends the request."""
+    code = (
+        "from ming_trt.serving.client import Client\n"
+        f"answer = Client('{toy_server.grpc_url}').ask('for ever', lease_s=1.5)\n"
+        "next(answer)\nprint('started', flush=True)\nfor _ in answer: pass\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    folder = toy_server.run_dir / "board.present"
+    time.sleep(2.5)
+    assert list(folder.iterdir()), "the client that lives renews its lease"
+    process.kill()
+    process.wait()
+    eventually(lambda: not list(folder.iterdir()), "the end of the request in the llm")
+
+
 def test_dropped_stream_frees_the_llm(toy_server: Server, client: Client) -> None:
-    """The client goes without a word: the lease ends the request."""
-    answer = client.ask("for ever", lease_s=1.0)
-    next(answer)
-    answer._deltas.close()
+    """Leaving the `with` early is enough, long before the lease."""
+    with client.ask("for ever", lease_s=3600) as answer:
+        next(answer)
     folder = toy_server.run_dir / "board.present"
     eventually(lambda: not list(folder.iterdir()), "the end of the request in the llm")
 
@@ -293,4 +311,5 @@ def test_stop_is_clean(toy_repository: Path, ports: Callable[[], Ports]) -> None
     eventually(lambda: not any(alive(process) for process in processes), "the end of the stubs")
     assert not list(Path("/dev/shm").glob(f"{server.run_dir.name}_*"))
     assert server.log_file.stat().st_size > 0
+    assert json.loads((server.run_dir / "trace.json").read_text()), "only a clean stop writes the trace"
     server.stop()
