@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ming_trt.bench.load import Load
@@ -122,10 +123,11 @@ def _changes(key: _Key, one: Mapping[str, Any], two: Mapping[str, Any]) -> list[
             continue
         ratio = ratio_of_medians(a, b)
         few = min(len(a), len(b)) < LEAST
-        middle = [sorted(side)[len(side) // 2] for side in (a, b)]
         verdict = _FEW if few else ("faster" if (ratio.value < 1) == metric.lower_is_better else "slower")
         p = 1.0 if few else mann_whitney(a, b)
-        found.append(Change(*key, metric.name, metric.unit, *middle, ratio.value, ratio.low, ratio.high, p, verdict))
+        scenario, load = key
+        numbers = (ratio.value, ratio.low, ratio.high, p)
+        found.append(Change(scenario, load, metric.name, metric.unit, median(a), median(b), *numbers, verdict))
     return found
 
 
@@ -137,15 +139,16 @@ def _judged(draft: Change, p: float) -> Change:
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What else was not the same."""
     found = []
-    for label, get in (
-        ("processor", lambda r: r["environment"]["processor"]),
-        ("cores", lambda r: r["environment"]["cores"]),
-        ("server", lambda r: r["server"]["version"]),
-        ("tokens of an answer", lambda r: r["options"]["max_tokens"]),
-        ("seed", lambda r: r["options"]["seed"]),
-        ("media", lambda r: r["options"]["media"]),
-        ("manifest", lambda r: (r["manifest"] or {}).get("sha256", "unknown")),
+    for section, key, label in (
+        ("environment", "processor", "processor"),
+        ("environment", "cores", "cores"),
+        ("server", "version", "server"),
+        ("options", "max_tokens", "tokens of an answer"),
+        ("options", "seed", "seed"),
+        ("options", "media", "media"),
+        ("manifest", "sha256", "manifest"),
     ):
-        if get(a) != get(b):
-            found.append(f"{label}: {get(a)} and {get(b)}")
+        one, two = ((report[section] or {}).get(key, "unknown") for report in (a, b))
+        if one != two:
+            found.append(f"{label}: {one} and {two}")
     return found

@@ -1,22 +1,98 @@
-"""`ming-trt bench`: latency benchmark of a running server."""
+"""`ming-trt bench`: latency benchmark of a running server, and comparison of two of them."""
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 
 import typer
 
-from ming_trt.errors import UnavailableError
+from ming_trt.errors import InputError
 
-EXAMPLES = "Examples:  ming-trt bench --url localhost:8001 -o report/   |   ming-trt bench --compare A B"
+EXAMPLES = (
+    "Examples:  ming-trt bench -o report   |   "
+    "ming-trt bench --scenario text --concurrency 1,8 --rate 2,4 -o report   |   "
+    "ming-trt bench --compare before after"
+)
 
 
 def command(
     url: str = typer.Option("localhost:8001", "--url", help="gRPC address of the server."),
     output: Path = typer.Option(None, "-o", "--output", help="Folder for report.html and report.json."),
-    compare: tuple[Path, Path] = typer.Option(None, "--compare", help="Two reports to compare."),
+    scenario: list[str] = typer.Option(
+        [], "--scenario", help="text, long-text, image, document, video or audio; may be given several times."
+    ),
+    concurrency: str = typer.Option("1,2,4", help="Requests at once, one measurement each; empty = none."),
+    rate: str = typer.Option("auto", help="Requests per second; auto = 50 and 80 % of what was reached; empty = none."),
+    requests: int = typer.Option(20, help="Requests per measurement."),
+    warmup: int = typer.Option(2, help="Requests before each measurement that do not count."),
+    max_tokens: int = typer.Option(32, help="Tokens of every answer."),
+    seed: int = typer.Option(0, help="Equal seeds give equal questions and arrivals."),
+    slo_ttft: float = typer.Option(1.0, help="Objective: seconds to the first token."),
+    slo_itl: float = typer.Option(0.1, help="Objective: seconds per token after it."),
+    slo_total: float = typer.Option(0.0, help="Objective: seconds for the whole answer; 0 = none."),
+    media: Path | None = typer.Option(None, help="Folder with a picture, a video, a recording to send."),
+    bundle: Path | None = typer.Option(None, help="The bundle that is served: adds its digest, MBU and MFU."),
+    compare: tuple[Path, Path] = typer.Option(None, "--compare", help="Two reports (folders or files) to compare."),
 ) -> None:
-    """Measure the latency of a running server (not there yet)."""
-    raise UnavailableError(
-        "`ming-trt bench` is not written yet: `ming-trt ask --json` prints the timings of one request"
+    """Measure a running server: latency, throughput and goodput by scenario and load, and where the time goes.
+
+    Writes report.json (with every request) and report.html; the last line of stdout is one JSON object. Exit code 0 if
+    any request succeeded: errors are counted in the report.
+    """
+    if compare:
+        return _compare(*compare, output)
+    if output is None:
+        raise InputError("the report needs a place: give -o FOLDER")
+    from ming_trt.bench.metrics import Slo
+    from ming_trt.bench.run import Options, run
+    from ming_trt.bench.write import check_place, latency_table, summary, write
+    from ming_trt.cli.output import console
+
+    options = Options(
+        url=url,
+        scenarios=tuple(scenario),
+        concurrency=tuple(int(value) for value in _numbers(concurrency, "--concurrency")),
+        rates=None if rate == "auto" else tuple(_numbers(rate, "--rate")),
+        requests=requests,
+        warmup=warmup,
+        max_tokens=max_tokens,
+        seed=seed,
+        slo=Slo(slo_ttft, slo_itl, slo_total),
+        media=media,
+        bundle=bundle,
     )
+    check_place(output)
+    report = run(options, lambda line: typer.echo(line, err=True))
+    files = write(report, output)
+    out = console()
+    out.print(latency_table(report))
+    out.print("\nmilliseconds; " + "; ".join(f"{name}: {why}" for name, why in report["skipped"].items()))
+    out.print(f"report: {files[1]}\n")
+    typer.echo(json_module.dumps(summary(report, files), ensure_ascii=False))
+
+
+def _compare(a: Path, b: Path, output: Path | None) -> None:
+    from ming_trt.bench.compare import compare, read_report
+    from ming_trt.bench.write import comparison_table
+    from ming_trt.cli.output import console
+
+    comparison = compare(read_report(a), read_report(b))
+    out = console()
+    out.print(comparison_table(comparison))
+    for line in (*comparison.differences, *comparison.unmatched):
+        out.print(f"not the same: {line}")
+    for entry in comparison.errors:
+        out.print(f"errors: {entry['scenario']}, {entry['load']}: {entry['a']} in A, {entry['b']} in B")
+    line = json_module.dumps(comparison.as_dict(), ensure_ascii=False)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "comparison.json").write_text(line + "\n", "utf-8")
+    typer.echo(line)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{option} is '{text}': give numbers with commas between them") from None

@@ -1,0 +1,105 @@
+"""A report on disk and on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ming_trt.bench.compare import REPORT, Comparison
+from ming_trt.bench.html import page
+from ming_trt.bench.load import Load
+from ming_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HTML = "report.html"
+
+
+def write(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Writes `report.json` and `report.html` into `folder`; both paths. Raises `InputError` if it cannot be written."""
+    data, html = folder / REPORT, folder / HTML
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(report, ensure_ascii=False) + "\n", "utf-8")
+        html.write_text(page(report), "utf-8")
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be written ({error.strerror}): give another folder by -o") from None
+    return data, html
+
+
+def check_place(folder: Path) -> None:
+    """Raises `InputError` before anything is measured if `folder` cannot hold a report."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be made ({error.strerror}): give another folder by -o") from None
+
+
+def latency_table(report: Mapping[str, Any]) -> Table:
+    """Median and tail of each scenario and load."""
+    from rich.table import Table
+
+    table = Table("scenario", "load", box=None)
+    for title in ("ttft p50", "ttft p95", "itl p50", "itl p95", "e2e p50", "e2e p95", "tokens/s", "goodput/s"):
+        table.add_column(title, justify="right")
+    for title in ("in time", "errors", "hops"):
+        table.add_column(title, justify="right")
+    for point in report["points"]:
+        counted, metrics = point["totals"], point["metrics"]
+        cells = [
+            f"{metrics[name][part]['value']:.1f}" if name in metrics else "-"
+            for name in ("ttft", "itl", "e2e")
+            for part in ("p50", "p95")
+        ]
+        cells += [f"{counted[name]:.4g}" for name in ("tokens_per_s", "goodput_per_s")]
+        hops = point["hops"]
+        cells += [
+            f"{100 * counted['goodput_share']:.0f} %",
+            str(counted["requests"] - counted["succeeded"]),
+            "-" if not hops else "add up" if hops["closes"] else f"{100 * hops['sum_ms'] / hops['total_ms']:.0f} %",
+        ]
+        table.add_row(point["scenario"], str(Load(**point["load"])), *cells)
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per metric and load."""
+    from rich.table import Table
+
+    table = Table("scenario", "load", "metric", box=None)
+    for title in ("A", "B", "unit", "B / A", "95 %", "p", "verdict"):
+        table.add_column(title, justify="right")
+    for c in comparison.changes:
+        interval = f"{c.low:.3f} to {c.high:.3f}"
+        numbers = (f"{c.a:.4g}", f"{c.b:.4g}", c.unit, f"{c.ratio:.3f}", interval, f"{c.p:.2g}")
+        table.add_row(c.scenario, c.load, c.metric, *numbers, c.verdict)
+    return table
+
+
+def summary(report: Mapping[str, Any], files: tuple[Path, Path]) -> dict[str, Any]:
+    """What the last line of stdout says."""
+    return {
+        "report": str(files[0]),
+        "html": str(files[1]),
+        "requests": sum(point["totals"]["requests"] for point in report["points"]),
+        "errors": sum(point["totals"]["requests"] - point["totals"]["succeeded"] for point in report["points"]),
+        "points": [
+            {
+                "scenario": point["scenario"],
+                "load": point["load"],
+                **{
+                    f"{name}_p50_ms": point["metrics"][name]["p50"]["value"]
+                    for name in ("ttft", "itl", "e2e")
+                    if name in point["metrics"]
+                },
+                "tokens_per_s": point["totals"]["tokens_per_s"],
+                "goodput_share": point["totals"]["goodput_share"],
+                "hops_add_up": bool(point["hops"] and point["hops"]["closes"]),
+            }
+            for point in report["points"]
+        ],
+        "skipped": report["skipped"],
+    }
