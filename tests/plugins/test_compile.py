@@ -12,7 +12,7 @@ from tests.plugins import binding
 pytestmark = pytest.mark.skipif(binding.nvcc() is None, reason="nvcc is not on the PATH: no kernel is compiled here")
 
 ARCHITECTURES = ["80", "89", "90a", "100a", "120a"]
-# Registers per thread that let the number of blocks that a kernel counts on live on one multiprocessor (65536 registers).
+# Registers per thread: of 65536, so that the blocks that a kernel counts on live together on one multiprocessor.
 BUDGET = {
     "rotate_kernel": 128,  # 2 blocks of 256 threads
     "table_kernel": 64,
