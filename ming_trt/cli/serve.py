@@ -50,6 +50,8 @@ def command(
             typer.echo(f'  gRPC     {server.grpc_url}    ming-trt ask --url {server.grpc_url} "Hello"')
             typer.echo(f"  HTTP     {server.http_url}")
             typer.echo(f"  metrics  {server.metrics_url}")
+            if openai_port:
+                typer.echo(f"  OpenAI   http://{host}:{openai_port}/v1")
 
     server = Server(
         repository, Ports(http_port, grpc_port, metrics_port), host, allow_ungated, trace, timeout, progress
