@@ -1,8 +1,8 @@
 """Translates between OpenAI's chat-completions format and our own requests. No network here.
 
-Covered: text, pictures and videos as data URLs, audio as base64, sampling, stop strings, streaming, usage. Not covered, and
-refused rather than ignored: tools, several choices, log probabilities, response formats, and URLs that would make the
-server fetch something.
+Covered: text, pictures and videos as data URLs, audio as base64, sampling, stop strings, streaming, usage. Not covered,
+and refused rather than ignored: tools, several choices, log probabilities, response formats, and URLs that would make
+the server fetch something.
 """
 
 from __future__ import annotations
