@@ -12,7 +12,7 @@ from typing import Any
 
 from ming_trt.checkpoint import tensor_headers
 from ming_trt.errors import CheckpointError
-from ming_trt.trtllm.model import HIDDEN_OUTPUT, define
+from ming_trt.trtllm.model import EMBEDS_OUTPUT, HIDDEN_OUTPUT, define
 from ming_trt.trtllm.recorder import Shape, recorder
 
 _STORED = {"bfloat16": "BF16", "float32": "F32", "fp8": "F8_E4M3"}
@@ -48,7 +48,7 @@ def check_checkpoint(folder: Path) -> list[str]:
     problems = []
     for rank in range(config["mapping"]["world_size"]):
         wanted = network(config, rank)
-        if set(wanted.outputs) != {"logits", HIDDEN_OUTPUT}:
+        if set(wanted.outputs) != {"logits", HIDDEN_OUTPUT, EMBEDS_OUTPUT}:
             problems.append(f"rank {rank}: the network's outputs are {sorted(wanted.outputs)}")
         file = folder / f"rank{rank}.safetensors"
         stored = {info.name: (info.shape, info.dtype) for info in tensor_headers(file)}

@@ -8,7 +8,7 @@
 * Routing: three float32 routers, one chosen per token before top-k, then TensorRT-LLM's own expert plugin.
 * Rope: `mrope` inputs of the attention plugin, sized by `max_position_embeddings`. The stock builder gives them to
   models of certain names only, so `prepare_inputs` asks for them here.
-* Post-norm hidden states of all tokens of a step are the additional output `hidden`.
+* Additional outputs for all tokens of a step: post-norm hidden states, and embeddings as they enter layer 0.
 
 Tensor and expert parallelism are the library's own (`mapping` in the checkpoint's config.json).
 """
@@ -21,7 +21,8 @@ from typing import Any
 from ming_trt.errors import BuildError
 
 ARCHITECTURE = "MingForCausalLM"
-HIDDEN_OUTPUT = "hidden"
+# additional outputs, [tokens, hidden size] of every step: after the last norm, and as they enter layer 0
+HIDDEN_OUTPUT, EMBEDS_OUTPUT = "hidden", "embeds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def define(api: Any) -> Definition:
     class MingModel(api.Module):  # type: ignore[misc]
         def __init__(self, config: Any) -> None:
             super().__init__()
-            self.vocab_size = config.vocab_size
+            self.vocab_size, self.dtype = config.vocab_size, config.dtype
             self.vocab_embedding = api.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
             self.layers = api.DecoderLayerList(DecoderLayer, config)
             self.ln_f = api.RmsNorm(normalized_shape=config.hidden_size, eps=config.norm_epsilon, dtype=config.dtype)
@@ -180,6 +181,7 @@ def define(api: Any) -> Definition:
             """`position_ids` is not read: positions are in the rotary table."""
             table = (prompt_embedding_table, prompt_tasks, prompt_vocab_size)
             x = self.vocab_embedding(input_ids, *(table if prompt_embedding_table is not None else ()))
+            x.mark_output(EMBEDS_OUTPUT, self.dtype)
             result = self.layers.forward(
                 x,
                 use_cache=use_cache,

@@ -206,9 +206,7 @@ EXECUTOR: Mapping[str, Symbol] = {
         ("max_beam_width", "kv_cache_config", "enable_chunked_context", "batching_type", "additional_model_outputs"),
         binding=True,
     ),
-    "KvCacheConfig": Symbol(
-        _E, "KvCacheConfig", ("enable_block_reuse", "max_tokens", "free_gpu_memory_fraction"), binding=True
-    ),
+    "KvCacheConfig": Symbol(_E, "KvCacheConfig", ("enable_block_reuse", "max_tokens"), binding=True),
     "Request": Symbol(
         _E,
         "Request",
@@ -226,10 +224,15 @@ EXECUTOR: Mapping[str, Symbol] = {
         binding=True,
     ),
     "MropeConfig": Symbol(_E, "MropeConfig", ("mrope_rotary_cos_sin", "mrope_position_deltas"), binding=True),
-    "PromptTuningConfig": Symbol(_E, "PromptTuningConfig", ("embedding_table", "input_token_extra_ids"), binding=True),
+    "PromptTuningConfig": Symbol(_E, "PromptTuningConfig", ("embedding_table",), binding=True),
     "AdditionalModelOutput": Symbol(_E, "AdditionalModelOutput", ("name", "gather_context"), binding=True),
-    "OutputConfig": Symbol(_E, "OutputConfig", ("additional_model_outputs",), binding=True),
-    "SamplingConfig": Symbol(_E, "SamplingConfig", ("beam_width", "top_k", "top_p", "seed"), binding=True),
+    "OutputConfig": Symbol(_E, "OutputConfig", ("exclude_input_from_output", "additional_model_outputs"), binding=True),
+    "SamplingConfig": Symbol(
+        _E,
+        "SamplingConfig",
+        ("beam_width", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size"),
+        binding=True,
+    ),
     "BatchingType": Symbol(_E, "BatchingType", members=("INFLIGHT",), binding=True),
     "ModelType": Symbol(_E, "ModelType", members=("DECODER_ONLY",), binding=True),
 }

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from builders.trtllm_layout import layout
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.trtllm.contract import check_checkpoint, network
-from ming_trt.trtllm.model import HIDDEN_OUTPUT, define, register
+from ming_trt.trtllm.model import EMBEDS_OUTPUT, HIDDEN_OUTPUT, define, register
 from ming_trt.trtllm.recorder import ShapeError, recorder
 from tests.builders.trtllm_help import POSITIONS, export
 from tests.conftest import UNDERSTANDING
@@ -51,7 +51,7 @@ def test_network_asks_for_what_is_exported(tmp_path: Path, precision: str, fp8_c
     per_layer = 11 + (2 * 6 if precision == "fp8" else 0) + fp8_cache
     assert len(made.weights) == 3 + config.llm.num_layers * per_layer
     dtype = "float32" if precision == "fp32" else "bfloat16"
-    assert made.outputs[HIDDEN_OUTPUT] == (("tokens", config.llm.hidden_size), dtype)
+    assert made.outputs[HIDDEN_OUTPUT] == made.outputs[EMBEDS_OUTPUT] == (("tokens", config.llm.hidden_size), dtype)
     assert made.outputs["logits"][1] == "float32"
 
 
