@@ -25,6 +25,7 @@ COMPONENTS: dict[str, str] = {
     "talker": "builders.talker",
     "flow_encoder": "builders.audio_decoder:ENCODER",
     "flow_estimator": "builders.audio_decoder:ESTIMATOR",
+    "f0_predictor": "builders.audio_decoder:PITCH",
     "vocoder": "builders.audio_decoder:VOCODER",
 }
 

@@ -24,7 +24,6 @@ from ming_trt.runtime.talker import Talker
 from ming_trt.speech_config import FOLDER, load_speech_config
 
 GROUPS = ("bpe", "talker", "flow", "hift", "stream")
-DECODER = ("flow_encoder", "flow_estimator", "vocoder")
 
 
 def covers(name: str) -> bool:
@@ -240,9 +239,9 @@ def _sampling(session: Session, case: str, entries: S3Bpe, tokens: TalkerTokens,
 def _detokenizer(session: Session) -> Detokenizer:
     from ming_trt.bundle import Bundle
 
-    encoder, estimator, vocoder = (session.engine(name) for name in DECODER)
+    engines = {name: session.engine(name) for name in Detokenizer.ENGINES}
     bundle = Bundle.open(session.work / f"bundle-{session.config.llm.rope_kind}")
-    return Detokenizer(encoder, estimator, vocoder, {name: bundle.component(name).facts for name in DECODER})
+    return Detokenizer(engines, {name: bundle.component(name).facts for name in engines})
 
 
 def _flow(session: Session, decoder: Detokenizer, voice: Voice) -> None:
@@ -255,34 +254,39 @@ def _flow(session: Session, decoder: Detokenizer, voice: Voice) -> None:
             empty = np.empty((0, decoder.mel), np.float32)
             vector, codes = cases.array("talker.voice.vp_emb"), cases.array("flow.short_tokens")
             speaker = Voice(voice.text, voice.codes, voice.speaker, np.empty(0, np.int64), empty, vector)
-        mu, spk = decoder.encode(speaker, codes, chunked=chunked, final=final)
+        both = np.concatenate([speaker.flow_codes, codes])
+        count = len(both) if final else len(both) - decoder.look_ahead
+        state = decoder.state(count, parts=False)
+        mu, spk = decoder.encode(state, speaker, both[:count], both[count:], chunked)
         session.add(case, "engine", f"{case}.mu", mu[0].T)
         session.add(case, "engine", f"{case}.mel", decoder.to_mel(speaker, codes, chunked=chunked, final=final))
         if name == "whole":
             session.add(case, "engine", "flow.spk", spk[0])
         if f"{case}.encoder" in cases:
-            _hidden(session, decoder, case, speaker, codes, chunked, final)
+            _hidden(session, decoder, case, both, count, chunked)
         if f"{case}.estimator.v" in cases:
-            length, prompt = mu.shape[2], len(speaker.flow_codes)
-            cond = np.zeros((1, decoder.mel, length), np.float32)
-            cond[0, :, :prompt] = speaker.flow_mel.T
-            z, time = cases.array(f"{case}.estimator.x")[None], cases.array(f"{case}.estimator.t")[0]
-            velocity = decoder.velocity(z, mu, spk, cond, time, decoder.mask(length, chunked))
+            step = int(np.abs(decoder.times() - cases.array(f"{case}.estimator.t")[0]).argmin())
+            z, cond = cases.array(f"{case}.estimator.x")[None], decoder.condition(speaker, 0, count)
+            velocity = decoder.velocity(state, step, z, mu, spk, cond, chunked)
             session.add(case, "engine", f"{case}.estimator.v", velocity)
 
 
-def _hidden(
-    session: Session, decoder: Detokenizer, case: str, voice: Voice, codes: Any, chunked: bool, final: bool
-) -> None:
+def _hidden(session: Session, decoder: Detokenizer, case: str, codes: Any, count: int, chunked: bool) -> None:
     import torch
 
-    both = torch.from_numpy(np.concatenate([voice.flow_codes, codes]))[None]
-    count = both.shape[1] if final else both.shape[1] - decoder.look_ahead
-    ahead = torch.zeros(1, decoder.look_ahead, dtype=torch.int64) if final else both[:, count:]
-    look = torch.full((1, 1, 1), float(not final))
-    mask = torch.from_numpy(decoder.mask(count, chunked))
+    from ming_trt.models.flow import Carry, FlowEncoder, encoder_caches
+
+    encoder = cast(FlowEncoder, session.reference("flow_encoder"))
+    both = torch.from_numpy(np.concatenate([codes[:count], np.zeros(decoder.look_ahead, np.int64)]))[None]
+    both[0, : len(codes)] = torch.from_numpy(codes)
+    look = torch.full((1, decoder.look_ahead, 1), float(len(codes) > count))
+    shapes = encoder_caches(load_speech_config(session.checkpoint).flow).values()
+    start = torch.zeros(1, dtype=torch.int64)
+    past = [torch.zeros(1, *(count if size < 0 else size for size in shape)) for shape in shapes]
+    carry = Carry(past, encoder.CONVOLUTIONS, start)
+    mask = torch.from_numpy(decoder.mask(decoder.state(count, parts=False), count, chunked))
     with torch.no_grad():
-        hidden = cast(Any, session.reference("flow_encoder")).hidden(both[:, :count], ahead, look, mask)
+        hidden = encoder.hidden(both[:, :count], both[:, count:], look, start, mask, carry)
     session.add(case, "torch", f"{case}.encoder", hidden[0].numpy())
 
 
@@ -294,8 +298,9 @@ def _vocoder(session: Session, decoder: Detokenizer) -> None:
     mel = cases.array("flow.whole.mel")
     frames = mel.shape[1]
     quiet = np.zeros((frames, decoder.hop, decoder.harmonics), np.float32)
-    out = decoder.vocode(mel, quiet, source=cases.array("hift.source").reshape(frames, decoder.hop))
-    session.add("hift", "engine", "hift.f0", out.f0)
+    f0 = decoder.pitch(mel)
+    out = decoder.vocode(mel, f0, quiet, source=cases.array("hift.source").reshape(frames, decoder.hop))
+    session.add("hift", "engine", "hift.f0", f0)
     session.add("hift", "engine", "hift.wav", out.audio)
     if "hift.source12.noise" not in cases:
         return
@@ -318,7 +323,7 @@ class _Replayed(OfficialStream):
     def vocode(self, mel: Floats, source: Floats) -> VocoderFrames:
         name, d = f"stream.{self.kind}.{self.number}", self._d
         given = self.session.cases.array(f"{name}.source").reshape(-1, d.hop)
-        out = d.vocode(mel, d.draw(self._random, mel.shape[1]), source=given)
+        out = d.vocode(mel, d.pitch(mel), d.draw(self._random, mel.shape[1]), source=given)
         shown = self.session.cases.arrays[f"{name}.vocoder"]["shape"][0]
         self.session.add("stream", "engine", f"{name}.hift_mel", mel)
         self.session.add("stream", "engine", f"{name}.vocoder", out.audio[:shown])

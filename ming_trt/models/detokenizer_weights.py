@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from ming_trt.models.flow import FlowEncoder, FlowEstimator
-from ming_trt.models.hift import Vocoder
+from ming_trt.models.flow import FlowEncoder
+from ming_trt.models.flow_estimator import FlowEstimator
+from ming_trt.models.hift import F0Predictor, Vocoder
 from ming_trt.models.weights import Tensor, WeightNorm, WeightSource
 from ming_trt.speech_config import FLOW_FILE, FOLDER, HIFT_FILE, FlowConfig, HiftConfig
 
@@ -20,22 +23,35 @@ def estimator_weights(config: FlowConfig) -> dict[str, WeightSource]:
     return _same_names(FlowEstimator, config, f"{FOLDER}/{FLOW_FILE}/decoder.estimator.")
 
 
+def f0_weights(config: HiftConfig) -> dict[str, WeightSource]:
+    """Parameter of `F0Predictor` -> tensors of the vocoder's file."""
+    return _without_norm(_same_names(F0Predictor, config, f"{_hift(config)}f0_predictor."), config)
+
+
 def vocoder_weights(config: HiftConfig) -> dict[str, WeightSource]:
-    """Parameter of `Vocoder` -> tensors of the vocoder's file, in either spelling of weight norm."""
-    base = f"{FOLDER}/{HIFT_FILE}/{config.prefix}"
-    original = config.weight_norm
-    lengths = {"weight_v": "weight_g", "parametrizations.weight.original1": "parametrizations.weight.original0"}
-    sources = _same_names(Vocoder, config, base)
+    """Parameter of `Vocoder` -> tensors of the vocoder's file."""
+    return _without_norm(_same_names(Vocoder, config, _hift(config)), config)
+
+
+def _hift(config: HiftConfig) -> str:
+    return f"{FOLDER}/{HIFT_FILE}/{config.prefix}"
+
+
+# The spelling of a direction -> that of its length.
+_LENGTHS = {"weight_v": "weight_g", "parametrizations.weight.original1": "parametrizations.weight.original0"}
+_PLAIN = ("m_source.l_linear.", "source_downs.", "classifier.")
+
+
+def _without_norm(sources: Mapping[str, WeightSource], config: HiftConfig) -> dict[str, WeightSource]:
+    """Reads normalised weights in the file's spelling; those of `_PLAIN` are stored as they are."""
+    found = dict(sources)
     for name, source in sources.items():
-        owner, _, leaf = name.rpartition(".")
-        if (
-            leaf == "weight"
-            and original in lengths
-            and not owner.startswith(("m_source", "source_downs", "f0_predictor.classifier"))
-        ):
-            length = Tensor(f"{base}{owner}.{lengths[original]}", (source.shape[0], *(1 for _ in source.shape[1:])))
-            sources[name] = WeightNorm((length, Tensor(f"{base}{owner}.{original}", source.shape)))
-    return sources
+        if name.endswith("weight") and config.weight_norm in _LENGTHS and not name.startswith(_PLAIN):
+            stored = source.names[0].removesuffix(".weight")
+            sizes = (source.shape[0], *(1 for _ in source.shape[1:]))
+            length = Tensor(f"{stored}.{_LENGTHS[config.weight_norm]}", sizes)
+            found[name] = WeightNorm((length, Tensor(f"{stored}.{config.weight_norm}", source.shape)))
+    return found
 
 
 def _same_names(kind: type[torch.nn.Module], config: FlowConfig | HiftConfig, prefix: str) -> dict[str, WeightSource]:

@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from ming_trt.speech_config import HiftConfig
 
+_TURN = 1 << 24
+"""Parts of a cycle: as many as float32 holds exactly."""
+
 
 class _Snake(nn.Module):
     def __init__(self, channels: int) -> None:
@@ -47,18 +50,25 @@ class _ResBlock(nn.Module):
 
 
 class F0Predictor(nn.Module):
-    """Mel [B, mel, T] -> fundamental frequency in Hz [B, T]; a few Hz where the voice rests."""
+    """Input `mel` f32 [B, mel, T] -> output `f0` f32 [B, T], Hz; a few Hz where the voice rests.
 
-    def __init__(self, mel: int, width: int) -> None:
+    A module of its own, since a streaming caller runs it on other frames than the vocoder.
+    """
+
+    LAYERS = 5
+
+    def __init__(self, config: HiftConfig) -> None:
         super().__init__()
-        convs = [nn.Conv1d(mel if i == 0 else width, width, 3, padding=1) for i in range(5)]
+        width = config.f0_width
+        convs = [nn.Conv1d(width if i else config.mel, width, 3, padding=1) for i in range(self.LAYERS)]
         self.condnet = nn.ModuleDict({str(2 * i): conv for i, conv in enumerate(convs)})  # odd indices: activations
         self.classifier = nn.Linear(width, 1)
 
     def forward(self, mel: Tensor) -> Tensor:
+        x = mel.to(self.classifier.weight.dtype)
         for conv in self.condnet.values():
-            mel = functional.elu(conv(mel))
-        return self.classifier(mel.transpose(1, 2)).squeeze(-1).abs()
+            x = functional.elu(conv(x))
+        return self.classifier(x.transpose(1, 2)).squeeze(-1).abs().float()
 
 
 class HarmonicSource(nn.Module):
@@ -79,13 +89,16 @@ class HarmonicSource(nn.Module):
         """`f0` [B, T] Hz, `phase` [B, harmonics] in cycles, `noise` [B, T, hop, harmonics] normal draws.
 
         Gives the source [B, T, hop] and the cycles after each frame, modulo 1: [B, T, harmonics]. A frame's cycles are
-        reached at its middle and go linearly from middle to middle; at both ends they stand still. Whole cycles are
-        dropped before they are summed, and all is float32 in every precision, since the sum is a phase.
+        reached at its middle and go linearly from middle to middle; at both ends they stand still. Phases are summed as
+        whole numbers, so that no rounding adds up and a chunk continues exactly where the one before ended; the rest is
+        float32 in every precision.
         """
         dtype = self.l_linear.weight.dtype
         multiple = torch.arange(1, self.harmonics + 1, device=f0.device, dtype=torch.float32)
         advance = torch.remainder(f0[:, :, None] * multiple / self.rate, 1.0) * self.hop
-        cycles = torch.remainder(torch.cumsum(torch.remainder(advance, 1.0), dim=1) + phase[:, None], 1.0)
+        steps = torch.cumsum((torch.remainder(advance, 1.0) * _TURN).round().to(torch.int64), dim=1)
+        steps = steps + (phase * _TURN).round().to(torch.int64)[:, None]
+        cycles = torch.remainder(steps, _TURN).to(torch.float32) / _TURN
         inner = functional.pad(advance[:, 1:], (0, 0, 1, 1))
         place = (torch.arange(self.hop, device=f0.device, dtype=torch.float32) + 0.5) / self.hop - 0.5
         before, after = place.clamp(max=0.0)[:, None], place.clamp(min=0.0)[:, None]
@@ -135,18 +148,16 @@ def istft(magnitude: Tensor, phase: Tensor, size: int, hop: int) -> Tensor:
 class Vocoder(nn.Module):
     """A chunk of mel -> its waveform, in one run.
 
-    Inputs, T mel frames of `hop` samples each: `mel` f32 [B, mel, T]; `f0_given` f32 [B, T] with `f0_keep` bool
-    [B, T]: frames whose F0 is already known; `phase` f32 [B, harmonics + 1], cycles of each harmonic before the first
-    frame; `noise` f32 [B, T, hop, harmonics + 1], normal draws; `source_given` f32 [B, T, hop] with `source_keep` bool
-    [B, T]: frames of the source that are already known. Outputs: `audio` f32 [B, hop·T] within ±limit; `source` f32
-    [B, T, hop]; `f0` f32 [B, T]; `cycles` f32 [B, T, harmonics + 1], the phase after each frame. These types hold
-    whatever the weights are.
+    Inputs, T mel frames of `hop` samples each: `mel` f32 [B, mel, T]; `f0` f32 [B, T] in Hz; `phase` f32
+    [B, harmonics + 1], cycles of each harmonic before the first frame; `noise` f32 [B, T, hop, harmonics + 1], normal
+    draws; `source_given` f32 [B, T, hop] with `source_keep` bool [B, T]: frames of the source that are already known.
+    Outputs: `audio` f32 [B, hop·T] within ±limit; `source` f32 [B, T, hop]; `cycles` f32 [B, T, harmonics + 1], the
+    phase after each frame. These types hold whatever the weights are.
     """
 
     def __init__(self, config: HiftConfig) -> None:
         super().__init__()
         self.config = config
-        self.f0_predictor = F0Predictor(config.mel, config.f0_width)
         self.m_source = HarmonicSource(config)
         self.conv_pre = nn.Conv1d(config.mel, config.base, 7, padding=3)
         self.ups, self.source_downs = nn.ModuleList(), nn.ModuleList()
@@ -186,22 +197,19 @@ class Vocoder(nn.Module):
     def forward(
         self,
         mel: Tensor,
-        f0_given: Tensor,
-        f0_keep: Tensor,
+        f0: Tensor,
         phase: Tensor,
         noise: Tensor,
         source_given: Tensor,
         source_keep: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        predicted = self.f0_predictor(mel.to(self.conv_pre.weight.dtype)).float()
-        f0 = torch.where(f0_keep, f0_given, predicted)
+    ) -> tuple[Tensor, Tensor, Tensor]:
         source, cycles = self.m_source(f0, phase, noise)
         source = torch.where(source_keep[:, :, None], source_given, source)
-        return self.decode(mel, source.flatten(1)), source, f0, cycles
+        return self.decode(mel, source.flatten(1)), source, cycles
 
 
 def reach(config: HiftConfig) -> int:
-    """Mel frames on either side that a frame's audio can depend on."""
+    """Frames of mel and F0 on either side that a frame's audio can depend on."""
     samples = 3.0 * config.hop  # conv_pre
     scale = float(config.hop)
     for i, (rate, kernel) in enumerate(zip(config.up_rates, config.up_kernels, strict=True)):
@@ -210,7 +218,7 @@ def reach(config: HiftConfig) -> int:
         widest = max(*config.resblock_kernels, config.source_kernels[i])
         samples += scale * sum((widest - 1) * (d + 1) / 2 for d in config.dilations)
     samples += 3.0 * scale + config.n_fft  # conv_post, iSTFT
-    sines = 1 + 5  # the source goes from frame to frame, and each sees five frames of mel around it
+    between = config.hop  # the phase goes from the middle of a frame to that of the next
     source = math.prod(config.up_rates[1:]) * config.istft_hop + config.n_fft  # its strided convolutions and STFT
-    inner = samples - 3.0 * config.hop + source
-    return max(math.ceil(samples / config.hop), math.ceil(inner / config.hop) + sines)
+    inner = samples - 3.0 * config.hop + source + between
+    return math.ceil(max(samples, inner) / config.hop)

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ming_trt.processing.voice import Voice
-from ming_trt.runtime.detokenizer import Detokenizer, Floats, VocoderFrames
+from ming_trt.runtime.detokenizer import Detokenizer, Floats, FlowState, VocoderFrames
 
-MOST_CHUNKS = 4
-"""The largest step, in the flow's chunks: the first audio must come soon, and later large chunks cost less."""
+STEPS_IN_CHUNKS = (1, 1, 2, 4)
+"""Steps of the audio in the flow's chunks, the last again and again: the first must come soon, large ones cost less."""
+_FIRST_CHUNKS = 8  # frames that there is room for at first, in chunks
 OVERLAP = 8
 """Frames that the official streaming keeps."""
 
@@ -31,10 +32,12 @@ class SeamlessStream:
         self, detokenizer: Detokenizer, voice: Voice, random: np.random.Generator, *, chunked: bool = True
     ) -> None:
         self._d, self._voice, self._random, self._chunked = detokenizer, voice, random, chunked
-        self._codes: list[int] = []
-        self._frames = 0  # frames of mel that exist
+        self._prompt = len(voice.flow_codes)
+        self._codes: list[int] = voice.flow_codes.tolist()
+        self._state: FlowState | None = None
+        self._frames = 0  # frames of mel that exist, the prompt's not counted
         self._sent = 0  # frames whose audio was given
-        self._chunks = 1
+        self._given = 0  # chunks of audio
         # Frames before those that were sent, which the next ones lean on; `_start` is the first of them.
         self._start = 0
         self._mel = np.empty((detokenizer.mel, 0), np.float32)
@@ -45,48 +48,79 @@ class SeamlessStream:
     @property
     def codes(self) -> int:
         """Codes so far."""
-        return len(self._codes)
+        return len(self._codes) - self._prompt
 
     def push(self, codes: Sequence[int]) -> Iterator[Floats]:
         """Audio that these codes complete: none, one or several chunks."""
         self._codes += codes
-        while self._chunked and len(self._codes) >= self._next() + self._d.look_ahead:
-            target = self._next()
-            upto = np.array(self._codes[: target + self._d.look_ahead], np.int64)
-            mel = self._d.to_mel(self._voice, upto, chunked=True, final=False, skip=self._frames)
-            self._frames = target
-            self._chunks = min(2 * self._chunks, MOST_CHUNKS)
-            audio = self._render(mel, max(self._sent, target - self._d.reach))
-            if audio.size:
-                yield audio
+        while self._chunked and len(self._codes) >= self._done + self._d.chunk + self._d.look_ahead:
+            self._extend(self._d.chunk)
+            until = self._frames - self._d.pitch_reach - self._d.reach
+            if until > self._sent and self._enough():
+                yield self._render(until)
 
     def finish(self) -> Floats:
         """The rest. Call it once, after at least one code."""
-        codes = np.array(self._codes, np.int64)
-        mel = self._d.to_mel(self._voice, codes, chunked=self._chunked, final=True, skip=self._frames)
-        self._frames = len(codes)
-        return self._render(mel, self._frames)
+        if self._chunked:
+            while self._done < len(self._codes):
+                self._extend(min(self._d.chunk, len(self._codes) - self._done))
+        else:
+            codes = np.array(self._codes[self._prompt :], np.int64)
+            self._append(self._d.to_mel(self._voice, codes, chunked=False, final=True))
+        self._follow_pitch(final=True)
+        return self._render(self._frames)
 
-    def _next(self) -> int:
-        """Frames after the next chunk: chunks are counted from the prompt's start and must be whole."""
-        prompt, chunk = len(self._voice.flow_codes), self._d.chunk
-        whole = -(-(prompt + self._frames) // chunk) + self._chunks
-        return whole * chunk - prompt
+    @property
+    def _done(self) -> int:
+        """Codes that the flow has seen, the prompt's counted."""
+        return 0 if self._state is None else self._state.length
 
-    def _render(self, mel: Floats, until: int) -> Floats:
+    def _enough(self) -> bool:
+        """Whether as many new frames wait as the next chunk of audio shall have."""
+        held_back = self._d.pitch_reach + self._d.reach
+        step = STEPS_IN_CHUNKS[min(self._given, len(STEPS_IN_CHUNKS) - 1)]
+        return self._frames - self._sent > (step - 1) * self._d.chunk + held_back
+
+    def _extend(self, count: int) -> None:
+        """The flow's next part of `count` codes: always one chunk but for the last, so that no number depends on how
+        the codes arrived."""
+        if self._state is None:
+            self._state = self._d.state(_FIRST_CHUNKS * self._d.chunk, parts=True)
+        start = self._state.length
+        self._state.reserve(start + count)
+        codes = np.array(self._codes[start : start + count + self._d.look_ahead], np.int64)
+        mel = self._d.extend(self._state, self._voice, codes[:count], codes[count:], chunked=True)
+        self._append(mel[:, max(0, self._prompt - start) :])
+        self._follow_pitch(final=False)
+
+    def _append(self, mel: Floats) -> None:
+        self._mel = np.concatenate([self._mel, mel], axis=1)
+        self._noise = np.concatenate([self._noise, self._d.draw(self._random, mel.shape[1])])
+        self._frames += mel.shape[1]
+
+    def _follow_pitch(self, final: bool) -> None:
+        """F0 of the frames that have all the frames around them that it depends on."""
+        reach = self._d.pitch_reach
+        known, end = self._start + len(self._f0), self._frames if final else self._frames - reach
+        if end > known:
+            first = max(known - reach, self._start)
+            f0 = self._d.pitch(self._mel[:, first - self._start :])
+            self._f0 = np.concatenate([self._f0, f0[known - first : end - first]])
+
+    def _render(self, until: int) -> Floats:
         """Vocodes from `_start` on, gives frames `_sent` … `until` and keeps what the next call needs."""
         d = self._d
-        self._mel = np.concatenate([self._mel, mel], axis=1)
-        self._noise = np.concatenate([self._noise, d.draw(self._random, mel.shape[1])])
-        out = d.vocode(self._mel, self._noise, f0=self._f0, phase=self._phase)
+        f0 = np.zeros(self._mel.shape[1], np.float32)
+        f0[: len(self._f0)] = self._f0
+        out = d.vocode(self._mel, f0, self._noise, phase=self._phase)
         audio = out.audio[(self._sent - self._start) * d.hop : (until - self._start) * d.hop]
         first = max(0, until - d.reach)
         drop = first - self._start
         if drop > 0:
             self._phase = out.cycles[drop - 1]
-        self._mel, self._noise = self._mel[:, drop:], self._noise[drop:]
-        self._f0 = out.f0[drop : until - self._start]
+        self._mel, self._noise, self._f0 = self._mel[:, drop:], self._noise[drop:], self._f0[drop:]
         self._start, self._sent = first, until
+        self._given += 1
         return audio
 
 
@@ -134,7 +168,7 @@ class OfficialStream:
 
     def vocode(self, mel: Floats, source: Floats) -> VocoderFrames:
         """Audio of `mel`, whose first frames have the source of the chunk before."""
-        return self._d.vocode(mel, self._d.draw(self._random, mel.shape[1]), source=source)
+        return self._d.vocode(mel, self._d.pitch(mel), self._d.draw(self._random, mel.shape[1]), source=source)
 
     def _next(self) -> int:
         prompt, chunk = len(self._voice.flow_codes), self._d.chunk

@@ -1,4 +1,4 @@
-"""Codec codes to audio on the engines `flow_encoder`, `flow_estimator` and `vocoder` (docs/DESIGN.md, 4.1)."""
+"""Codec codes to audio on the engines of the decoder (docs/DESIGN.md, 4.1)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,92 @@ MAX_FRAMES = 15000
 """Frames of the flow's fixed noise: the longest prompt and utterance together (300 s)."""
 
 
+class PartCaches:
+    """What parts of an utterance leave for the next in an engine that runs part by part (`past_*`, `present_*`).
+
+    `rows` is the batch; keys and values hold `capacity` frames and are written in place. With `keep` false nothing else
+    is left, so that any number of parts without a part before them may share one.
+    """
+
+    def __init__(self, engine: Engine, rows: int, capacity: int, keep: bool = True) -> None:
+        self.capacity = capacity
+        self._keep = keep
+        self._arrays: Arrays = {}
+        self._in_place: set[str] = set()
+        for name, spec in engine.inputs.items():
+            if not name.startswith("past_"):
+                continue
+            _, *sizes = spec.shape
+            if not all(isinstance(size, int) for size in sizes):
+                self._in_place.add(name)
+            shape = [size if isinstance(size, int) else capacity for size in sizes]
+            self._arrays[name] = np.zeros((rows, *shape), spec.dtype)
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` frames."""
+        if capacity <= self.capacity:
+            return
+        for name in self._in_place:
+            old = self._arrays[name]
+            self._arrays[name] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            self._arrays[name][:, :, : self.capacity] = old
+        self.capacity = capacity
+
+    def run(self, engine: Engine, feeds: Arrays, outputs: tuple[str, ...]) -> Arrays:
+        """One run of `engine` on the next part."""
+        into = {name.replace("past_", "present_", 1): self._arrays[name] for name in self._in_place}
+        short = [
+            name.replace("past_", "present_", 1) for name in self._arrays if self._keep and name not in self._in_place
+        ]
+        out = engine.run({**feeds, **self._arrays}, outputs=(*outputs, *short), into=into)
+        for name in short:
+            self._arrays[name.replace("present_", "past_", 1)] = out[name]
+        return out
+
+
+class FlowState:
+    """The flow over one utterance as far as it went: `length` frames, the voice's prompt included.
+
+    With `parts` false it is made for one part only, which needs no cache of its own for each Euler step.
+    """
+
+    def __init__(self, encoder: Engine, estimator: Engine, capacity: int, parts: bool) -> None:
+        self.length = 0
+        self.encoder = PartCaches(encoder, 1, capacity)
+        sets = [PartCaches(estimator, 2, capacity, keep=parts) for _ in range(STEPS if parts else 1)]
+        self.steps = sets if parts else sets * STEPS
+
+    @property
+    def capacity(self) -> int:
+        """Frames that there is room for."""
+        return self.encoder.capacity
+
+    def reserve(self, frames: int) -> None:
+        """Makes room for `frames` in all, by doubling."""
+        capacity = self.capacity
+        while capacity < frames:
+            capacity *= 2
+        for caches in (self.encoder, *self.steps):
+            caches.grow(capacity)
+
+
 @dataclass(frozen=True, slots=True)
 class VocoderFrames:
-    """What the vocoder made of T frames: `audio` f32 [T·hop], `source` f32 [T, hop], `f0` f32 [T], and `cycles` f32
-    [T, harmonics], the phase after each frame."""
+    """What the vocoder made of T frames: `audio` f32 [T·hop], `source` f32 [T, hop], and `cycles` f32 [T, harmonics],
+    the phase after each frame."""
 
     audio: Floats
     source: Floats
-    f0: Floats
     cycles: Floats
 
 
 class Detokenizer:
-    """The three engines and the numbers that their builders recorded (`facts` by engine name)."""
+    """The engines `ENGINES` and the numbers that their builders recorded (`facts`), both by engine name."""
 
-    def __init__(
-        self, encoder: Engine, estimator: Engine, vocoder: Engine, facts: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self._encoder, self._estimator, self._vocoder = encoder, estimator, vocoder
+    ENGINES = ("flow_encoder", "flow_estimator", "f0_predictor", "vocoder")
+
+    def __init__(self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]]) -> None:
+        self._encoder, self._estimator, self._pitch, self._vocoder = (engines[name] for name in self.ENGINES)
         self._lock = threading.Lock()
         self.look_ahead = int(facts["flow_encoder"]["look_ahead"])
         self.vocabulary = int(facts["flow_encoder"]["vocabulary"])
@@ -54,6 +122,7 @@ class Detokenizer:
         self.hop = int(facts["vocoder"]["hop"])
         self.harmonics = int(facts["vocoder"]["harmonics"])
         self.reach = int(facts["vocoder"]["reach"])
+        self.pitch_reach = int(facts["f0_predictor"]["reach"])
 
     @cached_property
     def noise(self) -> Floats:
@@ -61,112 +130,139 @@ class Detokenizer:
         noise: Floats = initial_noise(0, (1, self.mel, MAX_FRAMES))[0]
         return noise
 
-    def mask(self, length: int, chunked: bool) -> npt.NDArray[np.bool_]:
-        """Who sees whom, [1, 1, length, length]: with `chunked` up to the end of the own chunk, else all."""
-        if not chunked:
-            return np.ones((1, 1, length, length), np.bool_)
-        place = np.arange(length)
-        return np.asarray(place < (place[:, None] // self.chunk + 1) * self.chunk)[None, None]
+    def state(self, capacity: int, parts: bool) -> FlowState:
+        """An utterance of which nothing is done yet; `capacity` frames may grow only if it is done in `parts`."""
+        return FlowState(self._encoder, self._estimator, capacity, parts)
 
-    def encode(self, voice: Voice, codes: Ints, *, chunked: bool, final: bool) -> tuple[Floats, Floats]:
-        """`mu` f32 [1, mel, N] of the voice's codes and `codes`, and `spk` f32 [1, mel].
+    def mask(self, state: FlowState, length: int, chunked: bool) -> npt.NDArray[np.bool_]:
+        """Who of the next `length` frames sees whom, [1, 1, length, capacity]: everybody what is before the end of the
+        part, with `chunked` only up to the end of the own chunk."""
+        query, key = state.length + np.arange(length)[:, None], np.arange(state.capacity)
+        seen = np.broadcast_to(key < state.length + length, (length, state.capacity))
+        if chunked:
+            seen = seen & (key < (query // self.chunk + 1) * self.chunk)
+        return np.ascontiguousarray(seen)[None, None]
 
-        Unless `final`, the last `look_ahead` codes are only looked at: N does not count them. Raises `InputError` for
-        codes outside the flow's vocabulary or more than it can place.
+    def encode(self, state: FlowState, voice: Voice, codes: Ints, ahead: Ints, chunked: bool) -> tuple[Floats, Floats]:
+        """`mu` f32 [1, mel, C] of the next codes [C], and `spk` f32 [1, mel].
+
+        `ahead` are the codes that follow, at most `look_ahead`, fewer where the utterance ends. Raises `InputError` for
+        codes that the flow does not know, or more than it can place.
         """
-        both = np.concatenate([voice.flow_codes, codes])
-        if both.size and (both.max() >= self.vocabulary or both.min() < 0):
+        both = np.concatenate([codes, ahead])
+        if both.max() >= self.vocabulary or both.min() < 0:
             raise InputError(f"codec code {both.max()} is not one of the {self.vocabulary} that this decoder knows")
-        main = both if final else both[: -self.look_ahead]
-        if not 0 < len(main) <= MAX_FRAMES:
-            raise InputError(f"{len(main)} codes at once: the decoder takes 1 to {MAX_FRAMES}, split the text")
-        ahead = np.zeros(self.look_ahead, np.int64) if final else both[-self.look_ahead :]
+        if state.length + len(codes) > MAX_FRAMES:
+            raise InputError(
+                f"{state.length + len(codes)} codes are more than the {MAX_FRAMES} of a piece: split the text"
+            )
+        place = np.arange(self.look_ahead)
         feeds: Arrays = {
-            "codes": main[None],
-            "ahead": ahead[None],
-            "look": np.full((1, 1, 1), 0.0 if final else 1.0, np.float32),
-            "mask": self.mask(len(main), chunked),
-            "speaker": voice.flow_speaker[None],
+            "codes": codes[None],
+            "ahead": np.concatenate([ahead, np.zeros(self.look_ahead - len(ahead), np.int64)])[None],
+            "look": (place < len(ahead)).astype(np.float32)[None, :, None],
+            "write_index": np.array([state.length], np.int64),
+            "mask": self.mask(state, len(codes), chunked),
+            "speaker": np.ascontiguousarray(voice.flow_speaker[None], np.float32),
         }
         with self._lock:
-            out = self._encoder.run(_cast(self._encoder, feeds))
-        return np.asarray(out["mu"], np.float32), np.asarray(out["spk"], np.float32)
+            out = state.encoder.run(self._encoder, feeds, ("mu", "spk"))
+        return out["mu"], out["spk"]
 
-    def velocity(self, z: Floats, mu: Floats, spk: Floats, cond: Floats, time: np.float32, mask: Any) -> Floats:
-        """One run of the estimator: f32 [2, mel, N], with and without the condition."""
+    def velocity(
+        self, state: FlowState, step: int, z: Floats, mu: Floats, spk: Floats, cond: Floats, chunked: bool
+    ) -> Floats:
+        """One run of the estimator on the next frames at the time of an Euler step: f32 [2, mel, C], with and without
+        the condition."""
+        length = z.shape[2]
         feeds: Arrays = {
-            "z": z,
-            "mu": mu,
-            "spk": spk,
-            "cond": cond,
-            "time": np.array([time], np.float32),
-            "mask": mask,
+            "z": np.concatenate([z, z]),
+            "mu": _with_zeros(mu),
+            "spk": _with_zeros(spk),
+            "cond": _with_zeros(cond),
+            "time": np.repeat(self.times()[step], 2),
+            "write_index": np.full(2, state.length, np.int64),
+            "mask": np.repeat(self.mask(state, length, chunked), 2, axis=0),
         }
         with self._lock:
-            out = self._estimator.run(_cast(self._estimator, feeds))
-        return np.asarray(out["velocity"], np.float32)
+            out = state.steps[step].run(self._estimator, feeds, ("velocity",))
+        return out["velocity"]
 
     def times(self) -> Floats:
         """The flow's times, f32 [STEPS + 1]: slow at first, as a cosine."""
         return np.asarray(1 - np.cos(np.pi / 2 * np.arange(STEPS + 1) / STEPS), np.float32)
 
+    def condition(self, voice: Voice, start: int, length: int) -> Floats:
+        """The prompt's mel where there is one, f32 [1, mel, length] from frame `start` on."""
+        cond = np.zeros((1, self.mel, length), np.float32)
+        prompt = voice.flow_mel[start : start + length]
+        cond[0, :, : len(prompt)] = prompt.T
+        return cond
+
+    def extend(self, state: FlowState, voice: Voice, codes: Ints, ahead: Ints, *, chunked: bool) -> Floats:
+        """Mel f32 [mel, C] of the next codes [C]; the voice's own codes come first in an utterance."""
+        start, length = state.length, len(codes)
+        mu, spk = self.encode(state, voice, codes, ahead, chunked)
+        cond = self.condition(voice, start, length)
+        z = np.ascontiguousarray(self.noise[None, :, start : start + length])
+        times = self.times()
+        for step, (now, then) in enumerate(pairwise(times)):
+            velocity = self.velocity(state, step, z, mu, spk, cond, chunked)
+            guided = (1 + self.guidance) * velocity[:1] - self.guidance * velocity[1:]
+            z = z + (then - now) * guided
+        state.length += length
+        mel: Floats = z[0]
+        return mel
+
     def to_mel(self, voice: Voice, codes: Ints, *, chunked: bool, final: bool, skip: int = 0) -> Floats:
-        """Mel f32 [mel, n - skip] of `codes` (n = their number, less the look-ahead unless `final`).
+        """Mel f32 [mel, n - skip] of `codes` in one part (n = their number, less the look-ahead unless `final`).
 
         The flow runs over the voice's prompt too, whose frames are dropped.
         """
-        mu, spk = self.encode(voice, codes, chunked=chunked, final=final)
-        prompt, length = len(voice.flow_codes), mu.shape[2]
-        cond = np.zeros((1, self.mel, length), np.float32)
-        cond[0, :, :prompt] = voice.flow_mel.T
-        z = np.ascontiguousarray(self.noise[None, :, :length])
-        mask, times = self.mask(length, chunked), self.times()
-        for now, then in pairwise(times):
-            velocity = self.velocity(z, mu, spk, cond, now, mask)
-            guided = (1 + self.guidance) * velocity[:1] - self.guidance * velocity[1:]
-            z = z + (then - now) * guided
-        mel: Floats = z[0, :, prompt + skip :]
-        return mel
+        both = np.concatenate([voice.flow_codes, codes])
+        count = len(both) if final else len(both) - self.look_ahead
+        if not 0 < count <= MAX_FRAMES:
+            raise InputError(f"{count} codes at once: the decoder takes 1 to {MAX_FRAMES}, split the text")
+        state = self.state(count, parts=False)
+        mel = self.extend(state, voice, both[:count], both[count:], chunked=chunked)
+        return mel[:, len(voice.flow_codes) + skip :]
+
+    def pitch(self, mel: Floats) -> Floats:
+        """F0 of `mel` f32 [mel, T] in Hz, f32 [T]."""
+        with self._lock:
+            out = self._pitch.run({"mel": np.ascontiguousarray(mel[None])})
+        f0: Floats = out["f0"][0]
+        return f0
 
     def vocode(
-        self,
-        mel: Floats,
-        noise: Floats,
-        *,
-        f0: Floats | None = None,
-        phase: Floats | None = None,
-        source: Floats | None = None,
+        self, mel: Floats, f0: Floats, noise: Floats, *, phase: Floats | None = None, source: Floats | None = None
     ) -> VocoderFrames:
-        """Audio of `mel` f32 [mel, T] with normal draws `noise` f32 [T, hop, harmonics].
+        """Audio of `mel` f32 [mel, T] with pitch `f0` f32 [T] and normal draws `noise` f32 [T, hop, harmonics].
 
-        `f0` f32 [m] is what is known of the first m frames' F0, `source` f32 [k, hop] of the first k frames' source;
-        `phase` f32 [harmonics] are the cycles before the first frame (0 if None).
+        `phase` f32 [harmonics] are the cycles before the first frame (0 if None); `source` f32 [k, hop] is what is
+        known of the first k frames' source.
         """
         frames = mel.shape[1]
-        known_f0 = np.empty(0, np.float32) if f0 is None else f0
-        known_source = np.empty((0, self.hop), np.float32) if source is None else source
-        f0_given, source_given = np.zeros(frames, np.float32), np.zeros((frames, self.hop), np.float32)
-        f0_given[: len(known_f0)] = known_f0
-        source_given[: len(known_source)] = known_source
-        place = np.arange(frames)[None]
+        known = np.empty((0, self.hop), np.float32) if source is None else source
+        given = np.zeros((frames, self.hop), np.float32)
+        given[: len(known)] = known
         feeds: Arrays = {
             "mel": mel[None],
-            "f0_given": f0_given[None],
-            "f0_keep": place < len(known_f0),
+            "f0": f0[None],
             "phase": (np.zeros(self.harmonics, np.float32) if phase is None else phase)[None],
             "noise": noise[None],
-            "source_given": source_given[None],
-            "source_keep": place < len(known_source),
+            "source_given": given[None],
+            "source_keep": np.arange(frames)[None] < len(known),
         }
         with self._lock:
-            out = self._vocoder.run(_cast(self._vocoder, feeds))
-        return VocoderFrames(*(out[name][0].astype(np.float32) for name in ("audio", "source", "f0", "cycles")))
+            out = self._vocoder.run({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+        return VocoderFrames(*(out[name][0] for name in ("audio", "source", "cycles")))
 
     def draw(self, random: np.random.Generator, frames: int) -> Floats:
         """The vocoder's normal draws for `frames` frames."""
         return random.standard_normal((frames, self.hop, self.harmonics), np.float32)
 
 
-def _cast(engine: Engine, feeds: Arrays) -> Arrays:
-    """Floats in the engine's own precision, everything contiguous."""
-    return {name: np.ascontiguousarray(value, engine.inputs[name].dtype) for name, value in feeds.items()}
+def _with_zeros(values: Floats) -> Floats:
+    """A row, and one of zeros: what guidance compares with."""
+    return np.concatenate([values, np.zeros_like(values)])

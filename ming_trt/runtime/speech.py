@@ -269,7 +269,7 @@ def open_speech(bundle: Bundle) -> tuple[Speech, Voices]:
     folder = bundle.assets / "talker"
     codec, entries = Tokenizer.from_checkpoint(folder), S3Bpe(folder / "s3_bpe")
     tokens = TalkerTokens.of(codec, int(facts["talker"]["text_vocab"]))
-    detokenizer = Detokenizer(engines["flow_encoder"], engines["flow_estimator"], engines["vocoder"], facts)
+    detokenizer = Detokenizer(engines, facts)
     talker = Talker(engines["talker"], entries, tokens)
     return Speech(talker, detokenizer, codec, entries), Voices.of_assets(bundle.assets, detokenizer.mel)
 
@@ -278,5 +278,6 @@ _ENGINES = {
     "talker": ("logits",),
     "flow_encoder": ("mu",),
     "flow_estimator": ("velocity",),
+    "f0_predictor": ("f0",),
     "vocoder": ("audio",),
 }
