@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb
@@ -16,7 +18,7 @@ from ming_trt.processing.request import parse_request
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.events import ErrorEvent, Event, FinishEvent, Handle, TokenEvent
 from ming_trt.runtime.sequence import GenerationRequest
-from ming_trt.runtime.stages import open_llm
+from ming_trt.runtime.stages import llm_options, open_llm
 from ming_trt.serving.stages.base import (
     Array,
     Stage,
@@ -30,7 +32,14 @@ from ming_trt.serving.stages.base import (
 )
 from ming_trt.serving.stages.presence import Presence
 
+if TYPE_CHECKING:
+    from ming_trt.runtime.generator import LLM
+    from ming_trt.trtllm.service import ExecutorLLM
+
 log = logging.getLogger(__name__)
+
+# Folder of a TensorRT-LLM engine that serves instead of the bundle's `llm`; the tensors stay the same.
+ENGINE_VARIABLE = "MING_TRT_LLM_ENGINE"
 
 
 class Stream:
@@ -67,7 +76,14 @@ class LLMStage(Stage):
     def load(self) -> None:
         folder = board_folder(self.repository)
         self.board, self.presence = CancelBoard(folder), Presence(folder)
-        self.llm = open_llm(self.bundle, self.board)
+        engine = os.environ.get(ENGINE_VARIABLE)
+        self.llm: LLM | ExecutorLLM
+        if engine:
+            from ming_trt.trtllm.service import open_service
+
+            self.llm = open_service(Path(engine), self.bundle, llm_options(self.bundle), self.board)
+        else:
+            self.llm = open_llm(self.bundle, self.board)
 
     def finalize(self) -> None:
         """Called by the server before it unloads the model."""
