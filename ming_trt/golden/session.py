@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 
 from ming_trt.config import MingConfig, load_config
+from ming_trt.errors import MingError
 from ming_trt.golden.cases import Cases, Comparison
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class Session:
         note = "" if same else f"got {_short(value)}, expected {_short(expected)}"
         limit = 0.0 if same else float("inf")
         self.rows.append(Row(case, "host", Comparison(name, 1, limit, limit, 0.0, same, note)))
+
+    def fail(self, case: str, error: MingError) -> None:
+        """Adds the line of a case that ended with an error: it counts as failed, and the others go on."""
+        inf = float("inf")
+        self.rows.append(Row(case, "host", Comparison(case, 0, inf, inf, 0.0, False, str(error))))
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ming_trt.errors import MingError
 from ming_trt.golden.llm_driver import Floats, Ints, LLMDriver
 from ming_trt.golden.session import NotRun, Session
 from ming_trt.golden.tokenizer import ByteTokenizer
@@ -43,7 +44,10 @@ def replay(session: Session) -> None:
         if handler is None:
             session.not_run.append(NotRun(case["id"], f"group '{case['group']}' is not known", unsupported=True))
         else:
-            handler(session, case)
+            try:
+                handler(session, case)
+            except MingError as error:
+                session.fail(case["id"], error)
     replay_lists(session)
 
 
