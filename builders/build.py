@@ -382,8 +382,9 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 def _fingerprint(options: Options, files: list[Path]) -> str:
     """Stands for everything a build depends on, without opening a weight file: equal means that nothing changed."""
+    samples = sorted(p for p in options.calibration.rglob("*") if p.is_file()) if options.calibration else []
     identities = []
-    for path in files:
+    for path in [*files, *samples]:
         state = path.stat()
         times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
         identities.append([str(path.absolute()), *times])

@@ -210,7 +210,7 @@ for attempt in range(10):
     if child == 0:
         run()
         os._exit(0)
-    time.sleep(random.uniform(0.02, 1.5))
+    time.sleep(random.uniform(0.02, 0.6))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
 run()
@@ -253,3 +253,41 @@ def test_memory_at_the_official_widths(tmp_path: Path) -> None:
     peaks = {event["step"]: event["peak_bytes"] for event in events if event["event"] == "built"}
     assert set(peaks) == {"assets", "llm-calibration", "llm-checkpoint", "gate:llm-checkpoint"}
     assert max(peaks.values()) < 2**30, peaks
+
+
+def test_changed_samples_are_noticed(tmp_path: Path) -> None:
+    """The shortcut of an unchanged build looks at the calibration folder too."""
+    config = load_config(GOLDEN)
+    arrays = {
+        "input_ids": np.array([5, config.tokens.image_patch, config.tokens.audio_patch, 7]),
+        "modality": np.array([0, 1, 2, 0]),
+        "positions": np.tile(np.arange(4), (3, 1)),
+        "feature_index": np.array([-1, 0, 1, -1]),
+        "features": np.ones((2, config.llm.hidden_size), np.float32),
+    }
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **arrays)
+    options = Options(GOLDEN, tmp_path / "bundle", preset("fp8"), ONLY, calibration=folder)
+    first = build(options).results["llm-calibration"].record
+    np.savez(folder / "a.npz", **{**arrays, "features": 9 * arrays["features"]})
+    second = build(options).results["llm-calibration"].record
+    assert first is not None and second is not None
+    assert first.facts["amax"] != second.facts["amax"]
+    assert second.facts["data"]["source"] == "the folder 'samples'"
+
+
+@pytest.mark.slow
+def test_shipped_requests_cover_every_modality(tmp_path: Path) -> None:
+    """A checkpoint with a tokenizer is calibrated with real requests, their media through the towers."""
+    from ming_trt.mini import write_mini
+
+    write_mini(tmp_path / "mini")
+    config, checkpoint = load_config(tmp_path / "mini"), Checkpoint(tmp_path / "mini")
+    source = choose(None, tmp_path / "mini")
+    samples = load(source, config, checkpoint)
+    assert len(samples) == len(source.prompts) == 18
+    for code in MODALITIES:
+        assert sum(int((sample.modality == code).sum()) for sample in samples) > 100
+    media = torch.cat([sample.embeds[sample.modality > 0] for sample in samples])
+    torch.testing.assert_close(media.norm(dim=1), torch.ones(len(media)), rtol=1e-4, atol=1e-4)
