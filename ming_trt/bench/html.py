@@ -44,7 +44,7 @@ def page(report: Report) -> str:
         "<h2>Not measured</h2>",
         _pairs(report["skipped"]),
         "<h2>Conditions</h2>",
-        _pairs(_flat(report["environment"])),
+        _pairs({"server": f"{report['server']['name']} {report['server']['version']}"} | _flat(report["environment"])),
         *([_pairs(_flat(report["manifest"], "manifest"))] if report["manifest"] else []),
         _pairs(_flat(report["options"], "option")),
         _pairs({f"model {name}": model["config_sha256"] for name, model in report["server"]["models"].items()}),

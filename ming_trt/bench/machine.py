@@ -6,7 +6,6 @@ import ctypes
 import importlib.metadata as metadata
 import os
 import platform
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,17 +48,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
-
-
-def is_local(url: str) -> bool:
-    """Whether a server at that address runs on this machine, so that this machine's ceiling is the server's."""
-    host = url.removeprefix("grpc://").rpartition(":")[0].strip("[]")
-    if host in ("", "localhost", "::1") or host.startswith("127."):
-        return True
-    try:
-        return socket.gethostbyname(host) in {socket.gethostbyname(socket.gethostname()), "127.0.0.1"}
-    except OSError:
-        return False
 
 
 def measure_ceiling(threads: int = 0, read_bytes: int = _READ_BYTES, seconds: float = _SECONDS) -> Ceiling:

@@ -14,7 +14,7 @@ from ming_trt import __version__
 from ming_trt.bench.ceiling import ServedModel, shares
 from ming_trt.bench.hops import account
 from ming_trt.bench.load import Load, run_load
-from ming_trt.bench.machine import Ceiling, environment, is_local, measure_ceiling
+from ming_trt.bench.machine import Ceiling, environment, measure_ceiling
 from ming_trt.bench.media import Medium, find_media
 from ming_trt.bench.metrics import Slo, summaries, totals
 from ming_trt.bench.samples import Sample, measure
@@ -23,6 +23,7 @@ from ming_trt.bench.server import ModelCount, ServerView
 from ming_trt.errors import InputError, ServeError
 from ming_trt.serving.client import Client
 from ming_trt.serving.graph import ENSEMBLE
+from ming_trt.serving.local_memory import is_local
 
 SCHEMA = 1
 KIND = "ming-trt bench"

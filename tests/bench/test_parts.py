@@ -1,0 +1,181 @@
+"""Playback, load, accounting, media and scenarios, each alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ming_trt.bench.hops import account
+from ming_trt.bench.load import Load, arrival_times, run_load
+from ming_trt.bench.machine import environment, measure_ceiling
+from ming_trt.bench.media import KINDS, find_media, made_media
+from ming_trt.bench.metrics import Slo
+from ming_trt.bench.samples import Sample, playback
+from ming_trt.bench.scenarios import SCENARIOS, Scenario, choose
+from ming_trt.bench.server import ModelCount
+from ming_trt.errors import InputError
+from ming_trt.processing.request import parse_request
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_playback_counts_what_runs_dry() -> None:
+    assert playback([(0, 1), (0.5, 1), (1.9, 1)]).underruns == 0
+    late = playback([(0, 1), (1.5, 1), (2.2, 1), (4.0, 1)])
+    assert late.underruns == 2
+    assert late.stalled == pytest.approx(0.5 + 0.5)
+    assert playback([(0, 1), (1.5, 1)], lead=0.6).underruns == 0
+    assert playback([]).underruns == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 2)), max_size=20))
+def test_playback_never_ends_before_the_media(pieces: list[tuple[float, float]]) -> None:
+    arrivals = sorted(pieces)
+    played = playback(arrivals)
+    length = sum(duration for _, duration in arrivals)
+    end = (arrivals[0][0] if arrivals else 0) + length + played.stalled
+    assert not arrivals or end >= arrivals[-1][0] - 1e-6
+    assert (played.underruns == 0) == (played.stalled == 0)
+
+
+def test_arrivals() -> None:
+    times = arrival_times(50, 2000, seed=3)
+    assert times == arrival_times(50, 2000, seed=3) != arrival_times(50, 2000, seed=4)
+    assert times[0] == 0 and times == sorted(times)
+    gaps = np.diff(times)
+    # an exponential distribution of mean 1/50: mean and spread agree, within 4 standard errors
+    assert gaps.mean() == pytest.approx(0.02, rel=4 / np.sqrt(2000))
+    assert gaps.std() == pytest.approx(0.02, rel=0.15)
+
+
+def test_open_loop_does_not_wait_for_answers() -> None:
+    """Five requests arrive in 10 ms while none is answered: only a closed loop would wait."""
+    together, go = threading.Barrier(5), time.perf_counter
+
+    def send(number: int, due: float, origin: float) -> Sample:
+        together.wait(timeout=20)
+        return Sample(due, late=max(0.0, go() - origin - due))
+
+    samples, _ = run_load(Load("rate", 500), 5, send, seed=0)
+    assert [sample.due for sample in samples] == arrival_times(500, 5, 0)
+
+
+def test_a_sample_survives_json() -> None:
+    sample = Sample(1.0, 0.1, 2.0, 1.9, [(0.5, 1), (0.75, 3)], 10, 4, "stop", {"queue": 0.1}, "")
+    assert Sample.from_dict(sample.as_dict()) == sample
+    assert sample.token_times == [0.5, 0.75, 0.75, 0.75]
+
+
+def test_goodput_needs_every_objective() -> None:
+    sample = Sample(0, 0, 1.0, 1.0, [(0.5, 1), (0.8, 3)])
+    assert Slo(0.6, 0.11).kept_by(sample)
+    assert not Slo(0.4, 0.11).kept_by(sample)
+    assert not Slo(0.6, 0.09).kept_by(sample)
+    assert not Slo(0.6, 0.11, total=0.9).kept_by(sample)
+    sample.error = "ServeError: gone"
+    assert not Slo(0.6, 0.11).kept_by(sample)
+
+
+def counted(total: float, requests: int = 1, **parts: float) -> ModelCount:
+    zero = dict.fromkeys(("queue", "compute_input", "compute_infer", "compute_output"), 0.0)
+    return ModelCount(requests, 0, total, {**zero, **parts})
+
+
+def test_accounting_takes_the_slower_encoder() -> None:
+    sample = Sample(0, 0, 1.0, 1.0, [(0.5, 1)], engine={"queue": 0.0, "prefill": 0.2, "decode": 0.3})
+    counts = {
+        "ming": counted(0.9),
+        "vision_encoder": counted(0.25, compute_infer=0.2),
+        "audio_encoder": counted(0.1, compute_infer=0.1),
+    }
+    result = account([sample], counts)
+    assert result is not None and result.closes
+    assert result.by_hop()["vision_encoder"] == pytest.approx(250)
+    assert "audio_encoder" not in result.by_hop()
+    assert result.beside == {"audio_encoder": pytest.approx(100)}
+    assert result.by_hop()["scheduling and python"] == pytest.approx(900 - 250 - 500)
+    assert result.by_hop()["client and network"] == pytest.approx(100)
+
+
+def test_accounting_that_claims_too_much_does_not_close() -> None:
+    """Stages that together took longer than the request cannot all be on its path."""
+    sample = Sample(0, 0, 1.0, 1.0, [(0.5, 1)], engine={"prefill": 0.7, "decode": 0.4})
+    result = account([sample], {"ming": counted(0.95), "preprocess": counted(0.1, compute_infer=0.1)})
+    assert result is not None
+    assert not result.closes
+
+
+def test_accounting_sees_other_clients() -> None:
+    result = account([Sample(0, 0, 1.0, 1.0)], {"ming": counted(3.0, requests=3)})
+    assert result is not None and "others used it" in result.note
+    assert account([Sample(0, error="gone")], {}) is None
+
+
+def test_made_media_can_be_read() -> None:
+    media = made_media()
+    assert {"image", "document", "audio"} <= set(media) <= set(KINDS)
+    assert Image.open(io.BytesIO(media["image"].content)).size == (448, 336)
+    with wave.open(io.BytesIO(media["audio"].content)) as file:
+        assert file.getnframes() == 2 * file.getframerate()
+    assert made_media()["image"].content == media["image"].content
+
+
+def test_media_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no picture"):
+        find_media(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        find_media(tmp_path / "absent")
+    (tmp_path / "cat.JPG").write_bytes(b"1")
+    (tmp_path / "my_page.png").write_bytes(b"2")
+    found = find_media(tmp_path)
+    assert {kind: medium.content for kind, medium in found.items()} == {"image": b"1", "document": b"2"}
+
+
+def test_examples_are_the_default() -> None:
+    assert {kind: medium.name for kind, medium in find_media(None).items()} == {
+        "image": "scene.jpg", "document": "page.png", "video": "clip.mp4", "audio": "speech.wav",
+    }  # fmt: skip
+    assert find_media(None)["audio"].content == (EXAMPLES / "speech.wav").read_bytes()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_scenarios_follow_the_seed(scenario: Scenario) -> None:
+    media = made_media()
+    media.setdefault("video", media["image"])
+    first = [scenario.request(i, 7, media, 16) for i in range(20)]
+    assert first == [scenario.request(i, 7, media, 16) for i in range(20)]
+    assert len({request["text"] for request in first}) > 5
+    for request in first[:3]:
+        # the server's own parser takes the sampling options
+        parsed = parse_request(
+            b'{"id":"a","messages":[{"role":"user","content":"x"}],"sampling":%s}'
+            % json.dumps(request["sampling"]).encode()
+        )
+        assert parsed.sampling.ignore_eos and parsed.sampling.max_tokens == 16
+
+
+def test_scenarios_that_cannot_run_say_why() -> None:
+    chosen, skipped = choose((), {}, {"images"}, {"text", "audio"})
+    assert [scenario.name for scenario in chosen] == ["text", "long-text"]
+    assert "no image file" in skipped["image"]
+    assert skipped["audio"] == "the server takes no 'audios'"
+    assert "text answers only" in skipped["speech"]
+
+
+def test_the_machine() -> None:
+    ceiling = measure_ceiling(threads=1, read_bytes=8 << 20, seconds=0.01)
+    assert ceiling.threads == 1
+    # any machine of this century, however busy
+    assert 1e7 < ceiling.read_bytes_per_s < 1e13
+    assert 1e7 < ceiling.float32_flops_per_s < 1e15
+    assert environment()["cores"] >= 1
