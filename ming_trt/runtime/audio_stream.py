@@ -50,6 +50,10 @@ class SeamlessStream:
         """Codes so far."""
         return len(self._codes) - self._prompt
 
+    def hold(self, codes: Sequence[int]) -> None:
+        """Takes codes without making audio, for an utterance that is not streamed."""
+        self._codes += codes
+
     def push(self, codes: Sequence[int]) -> Iterator[Floats]:
         """Audio that these codes complete: none, one or several chunks."""
         self._codes += codes
