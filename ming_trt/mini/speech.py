@@ -213,10 +213,10 @@ def _flow_weights(rng: np.random.Generator) -> dict[str, Array]:
 
 def _hift_weights(rng: np.random.Generator) -> dict[str, Array]:
     """In the file's spelling: direction and length of every normalised weight."""
-    from ming_trt.models.detokenizer_weights import vocoder_weights
+    from ming_trt.models.detokenizer_weights import f0_weights, vocoder_weights
     from ming_trt.models.weights import tensor_shapes
 
-    shapes = tensor_shapes(vocoder_weights(HIFT))
+    shapes = tensor_shapes(vocoder_weights(HIFT)) | tensor_shapes(f0_weights(HIFT))
     start = f"{FOLDER}/{HIFT_FILE}/"
     weights = {name.removeprefix(start): random_weight(rng, name, shapes[name]) for name in sorted(shapes)}
     for name, values in weights.items():
