@@ -61,6 +61,7 @@ KEPT: Mapping[str, str] = {
 # What a component cannot be built in, by target, and why.
 _REFUSED: Mapping[tuple[str, str], str] = {
     ("vocoder", "bf16"): "its transposed convolutions have no bf16 kernel in TensorRT; use fp16 or fp32",
+    ("f0_predictor", "fp8"): "it is made of convolutions; use fp32",
     ("vocoder", "fp8"): "it has no linear layers worth it; use fp16 or fp32",
     ("vae_encoder", "fp8"): "it is made of convolutions; use bf16 or fp16",
     ("vae_decoder", "fp8"): "it is made of convolutions; use bf16 or fp16",

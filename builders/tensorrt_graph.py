@@ -25,7 +25,7 @@ def adapt(model: ir.Model, options: ExportOptions) -> dict[str, str]:
         verdicts = quantize(model, options.scheme, dict(options.ranges))
     _fix(model, dict(options.fixed))
     lower_unfused_attention(model)
-    lower_operators(model, options.lowered)
+    lower_operators(model, (*options.lowered, *(("Mish",) if options.float_precision == "bf16" else ())))
     for node in model.graph:
         if node.op_type == "Attention" and len(node.inputs) > 0 and node.inputs[0] is node.inputs[1]:
             # TensorRT's parser crashes on it

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from ming_trt.errors import BuildError
 
 Block: TypeAlias = ir.Graph | ir.Function
-# Fused attention kernels exist for heads up to this size.
-WIDEST_HEAD = 256
+# What has fused attention kernels, found by building each: widths of a head, and the fewest heads for one query.
+NARROWEST_HEAD, WIDEST_HEAD, FEWEST_HEADS = 16, 256, 4
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -35,12 +35,14 @@ def lower_operators(model: ir.Model, operators: Sequence[str]) -> None:
 
 def lower_unfused_attention(model: ir.Model) -> int:
     """Writes those `Attention` nodes in basic operators that TensorRT has no kernel for, and then refuses to build:
-    float32, and heads wider than 256 (the autoencoder's). Returns how many."""
+    float32, heads wider than 256 (the autoencoder's), fewer than four (a tiny model's). Returns how many."""
     count = 0
     for node in list(model.graph):
         if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
             query = _input(node, 0)
-            if query.dtype == ir.DataType.FLOAT or _static(node, query, 3) > WIDEST_HEAD:
+            heads, width = (_static(node, query, axis) for axis in (1, 3))
+            fused = NARROWEST_HEAD <= width <= WIDEST_HEAD and heads >= FEWEST_HEADS
+            if query.dtype == ir.DataType.FLOAT or not fused:
                 _lower(model.graph, node)
                 count += 1
     return count
@@ -181,8 +183,16 @@ def _attention(write: _Writer, node: ir.Node) -> None:
     write.finish(write("Reshape", mixed, size) if grouped else mixed)
 
 
+def _mish(write: _Writer, node: ir.Node) -> None:
+    """x * tanh(softplus(x)), in float32: the parser takes the operator in float32 and float16 only."""
+    x = _input(node, 0)
+    wide = write("Cast", x, to=int(ir.DataType.FLOAT))
+    write.finish(write("CastLike", write("Mul", wide, write("Tanh", write("Softplus", wide))), x))
+
+
 _LOWERINGS: dict[str, Callable[[_Writer, ir.Node], None]] = {
     "Attention": _attention,
+    "Mish": _mish,
     "RMSNormalization": _rms_norm,
     "RotaryEmbedding": _rotary,
     "TensorScatter": _tensor_scatter,

@@ -22,7 +22,7 @@ _CELL = 4
 _LATENT: Range = (min(h for _, h, _ in BUCKETS) // 8, 64, max(h for _, h, _ in BUCKETS) // 8)
 _TOKENS: Range = (_LATENT[0] ** 2 // 4, _LATENT[1] ** 2 // 4, _LATENT[2] ** 2 // 4)
 _PICTURE_BATCH: Range = (1, 3, 6)
-# Codes of a sentence, of 0.04 s each; a chunk of streaming is about 25.
+# Codes (and mel frames) of an utterance in one part; a part of a stream is about 25.
 _CODES: Range = (1, 50, 1500)
 _LOGITS: Range = (1, 1, 8)
 
@@ -117,7 +117,7 @@ def _vae_decoder(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
 
 
 def _speech(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
-    return [Phase("chunk", {"B": _clip(1, 1, p.slots), "N": _CODES, "T": _CODES})]
+    return [Phase("part", {"B": _clip(1, 1, p.slots), "C": _CODES, "T": _CODES})]
 
 
 _PHASES: dict[str, Callable[[Profile, Mapping[str, Any]], list[Phase]]] = {
@@ -132,6 +132,7 @@ _PHASES: dict[str, Callable[[Profile, Mapping[str, Any]], list[Phase]]] = {
     "talker": _talker,
     "flow_encoder": _speech,
     "flow_estimator": _speech,
+    "f0_predictor": _speech,
     "vocoder": _speech,
 }
 
@@ -145,4 +146,6 @@ def phases(component: str, profile: Profile, facts: Mapping[str, Any]) -> list[P
 
 def fixed_sizes(component: str, profile: Profile) -> dict[str, int]:
     """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity."""
-    return {"T": profile.max_seq_len} if component in ("llm", "talker") else {}
+    if component in ("llm", "talker"):
+        return {"T": profile.max_seq_len}
+    return {"T": _CODES[2]} if component in ("flow_encoder", "flow_estimator") else {}
