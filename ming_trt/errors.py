@@ -45,3 +45,10 @@ class CancelledError(MingError):
 
 class UnavailableError(MingError):
     """The feature needs something that is not installed or not present here."""
+
+
+def parse_error(message: str) -> MingError | None:
+    """The error in `NAME: SENTENCE`, as errors travel between processes; None if `message` is not of that form."""
+    name, _, sentence = message.partition(": ")
+    kind = globals().get(name)
+    return kind(sentence) if isinstance(kind, type) and issubclass(kind, MingError) else None

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from ming_trt.errors import InputError
 from ming_trt.processing.draw import DrawOptions, draw_options
 from ming_trt.processing.fields import Check, boolean, choice, fields, integer, load_object, number, show, string
+from ming_trt.processing.speak import SpeakOptions, speak_options
 
 Role = Literal["system", "user", "assistant"]
 MediaKind = Literal["image", "video", "audio"]
@@ -105,8 +106,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked request. `draw`: the answer is a picture, drawn so (then there is no text); `lease`: seconds without a
-    renewal after which the request is cancelled; 0 = never."""
+    """A checked request. `draw`: the answer is a picture, drawn so (then there is no text); `speak`: the answer is also
+    spoken; `lease`: seconds without a renewal after which the request is cancelled; 0 = never."""
 
     messages: tuple[Message, ...]
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -115,6 +116,7 @@ class Request:
     dialect: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawOptions | None = None
+    speak: SpeakOptions | None = None
     lease: float = 0.0
 
     def count(self, kind: MediaKind) -> int:
@@ -136,6 +138,7 @@ def parse_request(data: bytes | str | Mapping[str, Any]) -> Request:
         "dialect": choice(DIALECTS),
         "sampling": _sampling,
         "draw": draw_options,
+        "speak": speak_options,
         "lease": number(0.0, MAX_LEASE_SECONDS),
     }
     values = fields("the request", load_object(data, MAX_REQUEST_BYTES), known)
@@ -143,6 +146,7 @@ def parse_request(data: bytes | str | Mapping[str, Any]) -> Request:
         raise InputError("the request has no 'messages': send at least one message of role 'user'")
     request = Request(**values)
     _check_task(request)
+    _check_speak(request)
     return request
 
 
@@ -288,6 +292,20 @@ def _check_task(request: Request) -> None:
             "'task' is 'asr', which brings its own instruction: send audio and no text in the last message, "
             "or drop 'task' to use words of your own"
         )
+
+
+def _check_speak(request: Request) -> None:
+    if request.speak is None:
+        return
+    if request.draw is not None:
+        raise InputError("'speak' comes together with 'draw': a picture has no text to speak, leave one of them out")
+    if request.speak.voice and request.speak.voice_text:
+        raise InputError("'voice' names a preset and 'voice_text' belongs to a reference clip: leave one of them out")
+    if request.speak.read and (request.task is not None or request.thinking):
+        other = "thinking" if request.thinking else "task"
+        raise InputError(f"'speak' says to read the text itself, so '{other}' has no meaning: leave '{other}' out")
+    if request.speak.read and any(request.count(kind) for kind in MEDIA):
+        raise InputError("'speak' says to read the text itself, and there are media: leave out the media, or 'read'")
 
 
 def _drop_none(value: Any) -> Any:

@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ming_trt.errors import InputError
 from ming_trt.processing.spoken_text import CJK, spoken_text
 
 LONGEST_PIECE = 50
 """Characters of a spoken piece; the talker's prompt has no room for more than a sentence."""
+MAX_TEXT = 5000
+"""Characters of a text that is read at once."""
 
 _FIRST_UNITS, _LATER_UNITS = 12, 8  # units before the first mark that ends a piece, and before later ones
 _HAS_CJK = re.compile("[\u4e00-\u9fff]")
@@ -83,8 +86,7 @@ class PieceSplitter:
         if has_cjk("".join(self._held)):
             if has_cjk(self._held[-1][-1]):
                 self._held.append("，")
-        else:
-            word = unit[:-1]
+        elif word := unit[:-1]:
             self._held.append(word + "." if re.search("[a-zA-Z]$", word) else word)
 
     def _flush(self) -> Iterator[Piece]:
@@ -98,6 +100,56 @@ class PieceSplitter:
             part = part.removeprefix("，")
             if _SPEAKABLE.search(part):
                 yield Piece(part, stream)
+
+
+class StreamSplitter:
+    """The pieces of a text that comes in parts. They depend on the whole text alone, not on how it was parted.
+
+    Unlike in `units`, where the whole text is known, each character of CJK is a unit and each word between them is one.
+    """
+
+    def __init__(self) -> None:
+        self._splitter = PieceSplitter()
+        self._word = ""
+        self._cjk = False
+
+    def feed(self, part: str) -> list[Piece]:
+        """The pieces that are complete with this part of the text."""
+        return list(self._splitter.feed(self._units(part)))
+
+    def finish(self) -> list[Piece]:
+        """The pieces of what is left."""
+        return [*self._splitter.feed(self._end_word()), *self._splitter.finish()]
+
+    def _units(self, part: str) -> Iterator[str]:
+        for character in part:
+            self._cjk = self._cjk or has_cjk(character)
+            if character == "\n" and not self._cjk:
+                if self._word:
+                    self._word += character
+                    yield from self._end_word()
+            elif character == "\n" or has_cjk(character) or character in "！？，。":
+                yield from self._end_word()
+                yield character
+            elif character.isspace():
+                yield from self._end_word()
+            elif character != "-":
+                self._word += character
+
+    def _end_word(self) -> list[str]:
+        word, self._word = self._word, ""
+        return [word] if word else []
+
+
+def pieces_to_read(text: str) -> list[Piece]:
+    """The pieces of a text that is read aloud. Raises `InputError` if nothing in it can be spoken, or if it is too
+    long."""
+    if len(text) > MAX_TEXT:
+        raise InputError(f"the text has {len(text)} characters, more than {MAX_TEXT} to be read at once: split it")
+    found = pieces(text)
+    if not found:
+        raise InputError("the text holds nothing that can be spoken: send words or numbers")
+    return found
 
 
 def pieces(text: str, longest: int = LONGEST_PIECE) -> list[Piece]:

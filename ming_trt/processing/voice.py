@@ -137,3 +137,11 @@ def _mel_bands() -> npt.NDArray[np.float64]:
     rising = (bins - edges[:-2]) / np.diff(edges)[:-1]
     falling = (edges[2:] - bins) / np.diff(edges)[1:]
     return np.asarray(np.maximum(0.0, np.minimum(rising, falling)))
+
+
+def decode_clip(data: bytes) -> Floats:
+    """The samples f32 [n] at 16 kHz of a reference clip's file, first channel. Raises `InputError`."""
+    from ming_trt.processing.audio import decode_audio, first_channel, resample
+
+    waveform, rate = decode_audio(data, max_seconds=10 * MAX_CLIP_SECONDS)
+    return check_clip(resample(first_channel(waveform), rate))

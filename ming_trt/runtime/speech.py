@@ -20,7 +20,7 @@ import numpy as np
 from ming_trt.bundle import Bundle
 from ming_trt.errors import CancelledError, EngineError, InputError, MingError
 from ming_trt.processing.s3_bpe import S3Bpe
-from ming_trt.processing.speech_text import Piece, pieces
+from ming_trt.processing.speech_text import Piece, pieces_to_read
 from ming_trt.processing.talker_prompt import TalkerTokens, talker_prompt
 from ming_trt.processing.tokenizer import TextCodec, Tokenizer
 from ming_trt.processing.voice import Voice
@@ -36,8 +36,6 @@ T = TypeVar("T")
 
 PIECES_AHEAD = 2
 CHUNKS_AHEAD = 4
-MAX_TEXT = 5000
-"""Characters of a text that is read at once."""
 _POLL_SECONDS = 0.05
 
 
@@ -84,12 +82,7 @@ class Speech:
         cancelled: Callable[[], bool] = never,
     ) -> Iterator[SpeechChunk]:
         """Speaks a whole text. Raises `InputError` if nothing in it can be spoken, or if it is too long."""
-        if len(text) > MAX_TEXT:
-            raise InputError(f"the text has {len(text)} characters, more than {MAX_TEXT} to be read at once: split it")
-        found = pieces(text)
-        if not found:
-            raise InputError("the text holds nothing that can be spoken: send words or numbers")
-        return self.speak(found, voice, thinker=thinker, seed=seed, cancelled=cancelled)
+        return self.speak(pieces_to_read(text), voice, thinker=thinker, seed=seed, cancelled=cancelled)
 
     def speak(
         self,

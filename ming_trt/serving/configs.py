@@ -8,12 +8,13 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from ming_trt.serving.graph import ENSEMBLE, HIDDEN, MEDIA, REQUEST, STATE, TEXT, Stage, Tensor
+from ming_trt.serving.graph import ENSEMBLE, HIDDEN, Stage, Tensor
 
 _TYPES = {
     "bytes": pb.TYPE_STRING,
     "bool": pb.TYPE_BOOL,
     "uint8": pb.TYPE_UINT8,
+    "int16": pb.TYPE_INT16,
     "int32": pb.TYPE_INT32,
     "int64": pb.TYPE_INT64,
     "float32": pb.TYPE_FP32,
@@ -34,10 +35,11 @@ def stage_config(stage: Stage, hidden: int, parameters: Mapping[str, str]) -> An
 
 
 def ensemble_config(stages: Iterable[Stage], hidden: int) -> Any:
-    """The `ModelConfig` of the top-level ensemble over those stages that are steps of the graph."""
+    """The `ModelConfig` of the top-level ensemble over those stages that are steps of the graph: the inputs of the
+    first are its inputs, the outputs of the last its outputs."""
     config = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=0)
     steps = [stage for stage in stages if stage.in_graph]
-    _add_tensors(config, (REQUEST, *MEDIA), (TEXT, STATE), hidden)
+    _add_tensors(config, steps[0].inputs, steps[-1].outputs, hidden)
     for stage in steps:
         step = config.ensemble_scheduling.step.add(model_name=stage.name, model_version=-1)
         for tensor in stage.inputs:

@@ -6,12 +6,14 @@ The tensor names, types and shapes are the contract of docs/DESIGN.md, section 4
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 ENSEMBLE = "ming"
 # A dimension that `Stage.tensors` replaces by the hidden size of the bundle's language model.
 HIDDEN = -2
+# The engines whose presence in a bundle says that it can draw, or speak.
+DRAWING, SPEAKING = "dit", "talker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,10 @@ REQUEST = Tensor("request", "bytes", (1,))
 MEDIA = tuple(Tensor(name, "bytes", (-1,), optional=True) for name in ("images", "videos", "audios"))
 TEXT = Tensor("text", "bytes", (1,))
 STATE = Tensor("state", "bytes", (1,))
+# Only where the bundle can draw or speak: a PNG file; 16-bit samples; the file of a reference clip.
+IMAGE = Tensor("image", "bytes", (1,))
+AUDIO = Tensor("audio", "int16", (-1,))
+VOICE = Tensor("voice", "bytes", (-1,), optional=True)
 
 _REQUEST_ID = Tensor("request_id", "bytes", (1,))
 _OPTIONS = Tensor("options", "bytes", (1,))
@@ -64,6 +70,12 @@ _TOKENS = (
     Tensor("context_ids", "int32", (-1,)),
     Tensor("llm_state", "bytes", (1,)),
 )
+_REFERENCE = Tensor("reference", "uint8", (-1, -1, 3))
+_IMAGE_REFERENCE = Tensor("image_reference", "uint8", (-1, -1, 3))
+_IMAGE_HIDDEN = Tensor("image_hidden", "float32", (-1, HIDDEN))
+_VOICE_CLIP = Tensor("voice_clip", "float32", (-1,))
+_SPEECH_CLIP = Tensor("speech_clip", "float32", (-1,))
+_THINKER_ROWS = Tensor("thinker_rows", "float32", (-1, HIDDEN))
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -84,7 +96,39 @@ STAGES: tuple[Stage, ...] = (
     # One instance: two would let the answers of one stream overtake each other.
     Stage("postprocess", inputs=_TOKENS, outputs=(TEXT, STATE)),
     Stage("cancel", inputs=(REQUEST,), outputs=(STATE,), in_graph=False),
+    # No steps of the graph: `postprocess` calls them, and only for requests that ask for a picture or for speech.
+    Stage(
+        "image",
+        inputs=(REQUEST, _IMAGE_HIDDEN, _IMAGE_REFERENCE),
+        outputs=(IMAGE, STATE),
+        component=DRAWING,
+        decoupled=True,
+        in_graph=False,
+    ),
+    Stage(
+        "speech",
+        inputs=(REQUEST, _THINKER_ROWS, _SPEECH_CLIP),
+        outputs=(AUDIO, STATE),
+        component=SPEAKING,
+        decoupled=True,
+        in_graph=False,
+    ),
 )
+
+# What drawing and speaking add to the steps of the graph: component -> step -> (inputs, outputs). All that
+# `postprocess` hands on comes through `llm`, as a step must not take tensors from both sides of a decoupled one.
+_ADDED: Mapping[str, Mapping[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = {
+    DRAWING: {
+        "preprocess": ((), (_REFERENCE,)),
+        "llm": ((_REFERENCE,), (_IMAGE_HIDDEN, _IMAGE_REFERENCE)),
+        "postprocess": ((_IMAGE_HIDDEN, _IMAGE_REFERENCE), (IMAGE,)),
+    },
+    SPEAKING: {
+        "preprocess": ((VOICE,), (_VOICE_CLIP,)),
+        "llm": ((_VOICE_CLIP,), (_THINKER_ROWS, _SPEECH_CLIP)),
+        "postprocess": ((_THINKER_ROWS, _SPEECH_CLIP), (AUDIO,)),
+    },
+}
 
 # What a bundle must hold so that the ensemble can be made at all.
 REQUIRED_COMPONENTS = ("vision_encoder", "audio_encoder", "llm")
@@ -92,4 +136,23 @@ REQUIRED_COMPONENTS = ("vision_encoder", "audio_encoder", "llm")
 
 def stages_for(components: Collection[str]) -> tuple[Stage, ...]:
     """The stages that a bundle with those components gets, in the order of the graph."""
-    return tuple(stage for stage in STAGES if not stage.component or stage.component in components)
+    return tuple(
+        _extended(stage, components) for stage in STAGES if not stage.component or stage.component in components
+    )
+
+
+def empty_tensors(model: str, components: Collection[str], hidden: int) -> dict[str, Tensor]:
+    """The outputs that drawing and speaking add to `model` for a bundle with those components; `hidden` filled in."""
+    found = [tensor for name in components for tensor in _ADDED.get(name, {}).get(model, ((), ()))[1]]
+    return {t.name: replace(t, shape=tuple(hidden if size == HIDDEN else size for size in t.shape)) for t in found}
+
+
+def _extended(stage: Stage, components: Collection[str]) -> Stage:
+    """The stage with what the components add to it. A `postprocess` that answers more than once is decoupled."""
+    added = [steps[stage.name] for name, steps in _ADDED.items() if name in components and stage.name in steps]
+    return replace(
+        stage,
+        inputs=(*stage.inputs, *(tensor for inputs, _ in added for tensor in inputs)),
+        outputs=(*stage.outputs, *(tensor for _, outputs in added for tensor in outputs)),
+        decoupled=stage.decoupled or (stage.name == "postprocess" and bool(added)),
+    )

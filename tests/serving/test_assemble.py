@@ -9,11 +9,14 @@ import pytest
 from ming_trt import bundle
 from ming_trt.errors import BundleError, ServeError
 from ming_trt.serving.assemble import assemble, open_bundle, read_mark
-from ming_trt.serving.configs import from_text
-from ming_trt.serving.graph import STAGES
+from ming_trt.serving.configs import ensemble_config, from_text
+from ming_trt.serving.graph import REQUIRED_COMPONENTS, stages_for
 from ming_trt.serving.preflight import check_repository
 
 from .toy_bundle import HIDDEN, write_bundle
+
+UNDERSTANDING = stages_for(REQUIRED_COMPONENTS)
+STEPS = [stage.name for stage in UNDERSTANDING if stage.in_graph]
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def made(tmp_path: Path) -> Path:
 
 def test_every_model_has_config_and_code(made: Path) -> None:
     configs = check_repository(made)
-    assert set(configs) == {stage.name for stage in STAGES} | {"ming"}
+    assert set(configs) == {stage.name for stage in UNDERSTANDING} | {"ming"}
     assert (made / "ming" / "1").is_dir() and not list((made / "ming" / "1").iterdir())
     assert configs["llm"].model_transaction_policy.decoupled
     for name, config in configs.items():
@@ -44,7 +47,9 @@ def test_ensemble_takes_media_optionally(made: Path) -> None:
         "videos": True,
         "audios": True,
     }
-    assert [step.model_name for step in config.ensemble_scheduling.step] == [s.name for s in STAGES if s.in_graph]
+    assert [step.model_name for step in config.ensemble_scheduling.step] == [
+        s.name for s in UNDERSTANDING if s.in_graph
+    ]
 
 
 def test_repository_and_bundle_move_together(made: Path, tmp_path: Path) -> None:
@@ -99,3 +104,20 @@ def test_missing_component_is_named(tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle", without="audio_encoder")
     with pytest.raises(BundleError, match="audio_encoder"):
         assemble(tmp_path / "bundle", tmp_path / "repo")
+
+
+@pytest.mark.parametrize("kinds", [("dit",), ("talker",), ("dit", "talker")])
+def test_pictures_and_speech_join_the_graph(kinds: tuple[str, ...]) -> None:
+    """They add outputs on one decoupled track, and models that the graph does not run by itself."""
+    stages = stages_for((*REQUIRED_COMPONENTS, *kinds))
+    outputs = {"dit": "image", "talker": "audio"}
+    config = ensemble_config(stages, HIDDEN)
+    assert [t.name for t in config.output] == ["text", "state", *(outputs[kind] for kind in kinds)]
+    assert [step.model_name for step in config.ensemble_scheduling.step] == [
+        s.name for s in UNDERSTANDING if s.in_graph
+    ]
+    assert {s.name for s in stages} - {s.name for s in UNDERSTANDING} == {
+        {"dit": "image", "talker": "speech"}[kind] for kind in kinds
+    }
+    assert {s.name: s.decoupled for s in stages}["postprocess"] and not UNDERSTANDING[4].decoupled
+    assert ("voice" in {t.name for t in config.input}) == ("talker" in kinds)

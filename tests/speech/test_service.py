@@ -11,12 +11,12 @@ from ming_trt.errors import CancelledError, EngineError, InputError, Unavailable
 from ming_trt.golden.cases import Cases
 from ming_trt.golden.tokenizer import ByteTokenizer
 from ming_trt.processing.s3_bpe import S3Bpe
-from ming_trt.processing.speech_text import Piece, pieces
+from ming_trt.processing.speech_text import MAX_TEXT, Piece, pieces
 from ming_trt.processing.voice import Voice
 from ming_trt.runtime import speech as service
 from ming_trt.runtime.audio_contract import AudioContract, to_pcm
 from ming_trt.runtime.detokenizer import Detokenizer
-from ming_trt.runtime.speech import CHUNKS_AHEAD, MAX_TEXT, PIECES_AHEAD, Speech
+from ming_trt.runtime.speech import CHUNKS_AHEAD, PIECES_AHEAD, Speech
 from ming_trt.runtime.talker import Talker, choose
 from ming_trt.runtime.voices import Voices
 

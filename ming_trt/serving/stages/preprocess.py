@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ming_trt.processing.request import parse_request
+import numpy as np
+
+from ming_trt.errors import InputError, UnavailableError
+from ming_trt.processing.picture import prepare_picture
+from ming_trt.processing.request import Request, parse_request
+from ming_trt.processing.voice import decode_clip
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.stages import open_processor
+from ming_trt.serving.graph import DRAWING, SPEAKING
 from ming_trt.serving.stages.base import Array, Stage, board_folder, read_bytes, text_array
 
 
@@ -22,12 +29,45 @@ class PreprocessStage(Stage):
 
     def answer(self, request: Any) -> dict[str, Array]:
         parsed = parse_request(read_bytes(request, "request")[0])
+        self._refuse_absent(parsed)
         if parsed.lease:
             self.board.renew(parsed.id, parsed.lease)
         files = [read_bytes(request, name) for name in ("images", "videos", "audios")]
-        prepared = self.processor.prepare(parsed, *files)
+        added: dict[str, Array] = {}
+        reference = np.zeros((0, 0, 3), np.uint8)
+        if parsed.draw is None:
+            prepared = self.processor.prepare(parsed, *files)
+        else:
+            picture = prepare_picture(self.processor, parsed, *files)
+            prepared = picture.prompt
+            if picture.reference is not None:
+                reference = picture.reference.pixels
+        if self.bundle.has(DRAWING):
+            added["reference"] = reference
+        if self.bundle.has(SPEAKING):
+            added["voice_clip"] = voice_clip(parsed, read_bytes(request, "voice"))
         return {
             "request_id": text_array(parsed.id),
             "options": text_array(parsed.to_json()),
             **prepared.tensors(),
+            **added,
         }
+
+    def _refuse_absent(self, request: Request) -> None:
+        for name, wanted, component in (("draw", request.draw, DRAWING), ("speak", request.speak, SPEAKING)):
+            if wanted is not None and not self.bundle.has(component):
+                raise UnavailableError(f"this server cannot {name}, its bundle has no '{component}': build one with it")
+
+
+def voice_clip(request: Request, files: Sequence[bytes]) -> Array:
+    """The reference clip f32 [n] at 16 kHz, or no samples. Raises `InputError` for an unusable one."""
+    if not files:
+        if request.speak is not None and request.speak.voice_text is not None:
+            raise InputError("'voice_text' came without a reference clip: send its file in 'voice', or leave it out")
+        return np.zeros(0, np.float32)
+    if request.speak is None or len(files) > 1:
+        why = f"{len(files)} files came" if len(files) > 1 else "the request has no 'speak'"
+        raise InputError(f"'voice' takes the file of one reference clip for a spoken answer, and {why}: send one")
+    if not (request.speak.voice_text or "").strip():
+        raise InputError("a reference clip needs the text that it says: send it as 'voice_text'")
+    return decode_clip(files[0])

@@ -15,30 +15,33 @@ from ming_trt.serving.supervise import alive
 
 
 class Presence:
-    """Notes in a folder beside the cancel board: request -> process and model that work on it."""
+    """Notes in a folder beside the cancel board: request and model -> process that works on it."""
 
     def __init__(self, board: Path) -> None:
         self._folder = board.with_name(board.name + ".present")
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def enter(self, request_id: str, model: str) -> None:
-        """This process works on the request from now on."""
-        path = self._path(request_id)
+        """This process, of that model, works on the request from now on."""
+        path = self._path(request_id, model)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps({"pid": os.getpid(), "model": model}))
         temporary.replace(path)
 
-    def leave(self, request_id: str) -> None:
-        """The request has ended here."""
-        self._path(request_id).unlink(missing_ok=True)
+    def leave(self, request_id: str, model: str) -> None:
+        """The request has ended in that model."""
+        self._path(request_id, model).unlink(missing_ok=True)
 
     def lost(self, request_id: str) -> str:
         """The model whose process died while it worked on the request, or ""."""
-        try:
-            note = json.loads(self._path(request_id).read_text())
-        except FileNotFoundError:
-            return ""
-        return "" if alive(int(note["pid"])) else str(note["model"])
+        for path in self._folder.glob(self._path(request_id, "*").name):
+            try:
+                note = json.loads(path.read_text())
+            except FileNotFoundError:
+                continue
+            if not alive(int(note["pid"])):
+                return str(note["model"])
+        return ""
 
-    def _path(self, request_id: str) -> Path:
-        return self._folder / hashlib.sha256(request_id.encode()).hexdigest()[:32]
+    def _path(self, request_id: str, model: str) -> Path:
+        return self._folder / f"{hashlib.sha256(request_id.encode()).hexdigest()[:32]}.{model}"

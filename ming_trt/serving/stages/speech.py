@@ -1,0 +1,168 @@
+"""Model `speech`: pieces of text to audio. Not a step of the graph: `postprocess` calls it, a few times per answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ming_trt.errors import CancelledError, EngineError
+from ming_trt.processing.speech_text import Piece
+from ming_trt.processing.voice import Voice
+from ming_trt.runtime.audio_contract import to_pcm
+from ming_trt.runtime.cancel import CancelBoard
+from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
+from ming_trt.runtime.voices import Voices
+from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json
+from ming_trt.serving.stages.presence import Presence
+from ming_trt.serving.stages.stream import Stream
+
+_POLL_SECONDS = 0.05
+# Answers that failed are remembered, as a call for them may still be on its way.
+_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class Call:
+    """A call of the model: pieces of an answer, in which it is call `number`; `last` ends the answer's text."""
+
+    stream: Stream
+    number: int
+    pieces: list[Piece]
+    last: bool
+
+
+class Session:
+    """The calls for one answer: their pieces in order for the talker, and whose audio a chunk is."""
+
+    def __init__(self, request_id: str, board: CancelBoard) -> None:
+        self.id = request_id
+        self.open: list[Call] = []
+        self._owners: list[Call] = []  # by the number of the piece
+        self._calls: dict[int, Call] = {}
+        self._arrived = threading.Condition()
+        self._board = board
+
+    def add(self, call: Call) -> None:
+        """A further call, in any order."""
+        with self._arrived:
+            self._calls[call.number] = call
+            self.open.append(call)
+            self._arrived.notify()
+
+    def cancelled(self) -> bool:
+        return self._board.is_cancelled(self.id)
+
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces of the answer in order, as they come. Raises `CancelledError`."""
+        number = 0
+        while True:
+            with self._arrived:
+                while number not in self._calls:
+                    if self.cancelled():
+                        raise CancelledError(f"request '{self.id}' was cancelled")
+                    self._arrived.wait(_POLL_SECONDS)
+                call = self._calls.pop(number)
+            self._owners += [call] * len(call.pieces)
+            yield from call.pieces
+            if call.last:
+                return
+            number += 1
+
+    def send(self, chunk: SpeechChunk) -> None:
+        """Sends a chunk to the call whose piece it speaks."""
+        call = self._owners[chunk.piece]
+        ends = chunk.last and self._owners.index(call) + len(call.pieces) == chunk.piece + 1
+        state = {"piece": chunk.piece, "text": chunk.text, "seconds": chunk.seconds, "last": chunk.last}
+        arrays: dict[str, Array] = {"audio": to_pcm(chunk.audio), "state": json_array({**state, "codes": chunk.codes})}
+        call.stream.send(arrays, last=ends)
+        if ends:
+            self.open.remove(call)
+
+
+class SpeechStage(Stage):
+    """`request` (JSON: `id`, `number` of the call, `pieces`, `last`, `text`, `voice`, `voice_text`, `seed`); with the
+    first call `thinker_rows` f32 [L, H] and `speech_clip` f32 [n] at 16 kHz, else without rows.
+
+    Responses: `audio` i16 [n] at the decoder's rate, and `state` (`piece`, its `text`, `seconds` since the first call,
+    whether it is the `last` of the piece, and then `codes`).
+    """
+
+    speech: Speech
+    voices: Voices
+
+    def load(self) -> None:
+        folder = board_folder(self.repository)
+        self.board, self.presence = CancelBoard(folder), Presence(folder)
+        self.speech, self.voices = open_speech(self.bundle)
+        self._sessions: dict[str, Session] = {}
+        self._failed: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def finalize(self) -> None:
+        """Called by the server before it unloads the model."""
+        self.voices.close()
+
+    def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
+        """Takes each call and returns at once; an answer's audio comes from threads of its own."""
+        for request in requests:
+            stream = Stream(request.get_response_sender())
+            try:
+                self._take(request, stream)
+            except Exception as error:  # noqa: BLE001 - the client must hear of it
+                stream.fail(self.name, error)
+
+    def _take(self, request: Any, stream: Stream) -> None:
+        body = read_json(request, "request")
+        name = str(body["id"])
+        call = Call(stream, int(body["number"]), [Piece(**piece) for piece in body["pieces"]], bool(body["last"]))
+        with self._lock:
+            if name in self._failed:
+                raise CancelledError(f"the speech of request '{name}' has ended with an error")
+            session = self._sessions.get(name)
+            if session is None:
+                session = self._sessions[name] = Session(name, self.board)
+            session.add(call)
+        if call.number == 0:
+            rows, clip = read(request, "thinker_rows").copy(), read(request, "speech_clip").copy()
+            arguments = (session, body, rows if len(rows) else None, clip)
+            threading.Thread(target=self._speak, args=arguments, name=f"speech-{name}", daemon=True).start()
+
+    def _voice(self, body: dict[str, Any], clip: Array) -> Voice:
+        if len(clip):
+            return self.voices.from_clip(clip, str(body["voice_text"]))
+        return self.voices.named(body["voice"], str(body["text"]))
+
+    def _speak(self, session: Session, body: dict[str, Any], thinker: Array | None, clip: Array) -> None:
+        """Speaks a whole answer."""
+        self.presence.enter(session.id, self.name)
+        failure: Exception | None = None
+        try:
+            voice = self._voice(body, clip)
+            spoken = self.speech.speak(
+                session.pieces(), voice, thinker=thinker, seed=int(body["seed"]), cancelled=session.cancelled
+            )
+            for chunk in spoken:
+                session.send(chunk)
+        except EngineError as error:
+            failure = EngineError(f"stage 'speech': {error}")
+        except Exception as error:  # noqa: BLE001 - the client must hear of it
+            failure = error
+        finally:
+            self._close(session, failure)
+
+    def _close(self, session: Session, failure: Exception | None) -> None:
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            if failure is not None:
+                self._failed[session.id] = None
+                while len(self._failed) > _REMEMBERED:
+                    del self._failed[next(iter(self._failed))]
+            left = list(session.open)
+        for call in left:
+            if failure is None:  # the call that only says that nothing more comes
+                call.stream.end()
+            else:
+                call.stream.fail(self.name, failure)
+        self.presence.leave(session.id, self.name)
