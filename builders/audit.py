@@ -105,6 +105,12 @@ def _audit(
         raise BundleError(f"{name} cannot be compared, since {reason}: give the checkpoint the bundle was built from")
     thresholds = bundle.preset.thresholds(name)
     model, threads = bundle.model_path(name), bundle.preset.threads
+    if model.suffix == ".plan":
+        from builders.tensorrt_audit import audit_graph
+
+        gate, linears, note = audit_graph(component, config, checkpoint, entry, thresholds, memory_limit)
+        origin = _provenance(bundle, checkpoint, component, config)
+        return Audit(name, gate, linears, (), "; ".join(filter(None, (gate.reason, note, origin))))
     report = verify_component(
         component,
         config,

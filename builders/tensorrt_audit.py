@@ -1,0 +1,200 @@
+"""What can be said of a TensorRT plan's numbers without running it: its graph in ONNX Runtime, and FP8 layer by layer.
+
+The graph is made again with the same scheme in floats that the CPU has (float16 stays, bfloat16 becomes float32), FP8
+by the same Q/DQ nodes, codes, scales and ranges. So rounding to FP8 is all there, rounding to bfloat16 is not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from builders.component import Component, ExportOptions, Feeds
+from builders.export import MODEL_FILE
+from builders.fp8 import LARGEST, fake_quantised, weight_scales
+from builders.layers import LayerReport
+from builders.precision import Floats, FP8PerChannel, Scheme, kept, scheme
+from builders.reference import reference
+from builders.verify import Array, ComponentReport, available_memory, compare, compare_all, reference_outputs, sample
+from ming_trt.bundle import FAILED, NOT_RUN, PASSED, ComponentEntry
+from ming_trt.errors import EngineError
+from ming_trt.presets import Thresholds
+
+if TYPE_CHECKING:
+    import torch
+
+    from ming_trt.checkpoint import Checkpoint
+    from ming_trt.config import MingConfig
+
+# Of one linear layer against the same layer in float32. Two operands of three mantissa bits give about 28 dB.
+LINEAR_FLOOR_DB = 25.0
+_LINEAR = Thresholds(1.0, 0.99, LINEAR_FLOOR_DB)
+# Of the tokens whose best logit leads by more than the largest error: they may not change.
+MIN_AGREEMENT = 0.99
+
+
+def audit_graph(
+    component: Component,
+    config: MingConfig,
+    checkpoint: Checkpoint,
+    entry: ComponentEntry,
+    thresholds: Thresholds,
+    memory_limit: int = 0,
+) -> tuple[ComponentReport, tuple[LayerReport, ...], str]:
+    """The report of the graph's outputs (verdict `NOT_RUN`, or `FAILED` where an output misses its threshold), one of
+    each layer in FP8, and a remark. Raises `EngineError` if ONNX Runtime cannot run the graph."""
+    made = scheme(entry.target, component.name, entry.precision)
+    twin, floats = _twin(made)
+    module = reference(component, config, checkpoint, memory_limit or available_memory())
+    if module is None:
+        reason = "the torch definition does not fit into memory: give --max-host-memory, or a larger machine"
+        return ComponentReport(NOT_RUN, (), thresholds, reason), (), ""
+    feeds = _all_tokens(sample(component, config))
+    expected = reference_outputs(module, feeds, list(entry.outputs))
+    calibrated = entry.facts.get("calibration", {})
+    amax = {str(name): float(value) for name, value in calibrated.get("input_amax", {}).items()}
+    options = ExportOptions("tensorrt", entry.precision, twin, ranges=tuple(sorted(amax.items())))
+    with tempfile.TemporaryDirectory(prefix="ming-trt-graph-") as folder:
+        component.export(config, checkpoint, Path(folder), options)
+        got = run_graph(Path(folder) / MODEL_FILE, feeds)
+    report = compare_all(got, expected, thresholds)
+    reason = f"the plan was compiled, not run; these figures are of its graph in ONNX Runtime, in {floats}"
+    layers: tuple[LayerReport, ...] = ()
+    remark = tokens_remark(got, expected) + pictures_remark(got, expected)
+    if isinstance(made, FP8PerChannel):
+        layers = linear_errors(module, feeds, amax)
+        out = sorted({why for name in linears_of(module) if (why := kept(f"{name}.weight"))})
+        remark += f"{len(layers)} linear layers in FP8; calibrated with {calibrated.get('samples', 'unknown samples')}"
+        remark += f"; kept out: {'; '.join(out)}" if out else ""
+    bad = any(layer.verdict != PASSED for layer in layers)
+    problem = tokens_problem(got, expected)
+    reason += f"; {problem}" if problem else ""
+    verdict = FAILED if report.verdict == FAILED or bad or problem else NOT_RUN
+    return replace(report, verdict=verdict, reason=reason), layers, remark
+
+
+def _all_tokens(feeds: Feeds) -> Feeds:
+    """Asks a decoder for the logits of every token of the step."""
+    if "logit_index" not in feeds:
+        return feeds
+    batch, steps = feeds["attention_mask"].shape[0], feeds["attention_mask"].shape[2]
+    return {**feeds, "logit_index": np.tile(np.arange(steps), (batch, 1))}
+
+
+def _twin(made: Scheme) -> tuple[Scheme, str]:
+    """The scheme in floats that ONNX Runtime has on a CPU."""
+    floats = "fp16" if made.floats == "fp16" else "fp32"
+    return (Floats(floats) if isinstance(made, Floats) else replace(made, floats=floats)), floats
+
+
+def run_graph(model: Path, feeds: Feeds) -> dict[str, Array]:
+    """All outputs of an ONNX file; feeds are cast to the types of its inputs. Q/DQ stays as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Its fusions of Q/DQ make integer operators, which do not take FP8. Its extended ones drop a Relu before a
+    # QuantizeLinear whose zero point is 0, as if codes were unsigned.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        halves = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
+        given = {name: value.astype(np.float16) if name in halves else value for name, value in feeds.items()}
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, given), strict=True))
+    except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
+        text = " ".join(str(error).split())[:400]
+        raise EngineError(f"ONNX Runtime cannot run the graph '{model}' ({text})") from error
+
+
+def linears_of(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear layers of a definition by name."""
+    import torch
+
+    return {name: inner for name, inner in module.named_modules() if isinstance(inner, torch.nn.Linear)}
+
+
+def linear_errors(module: torch.nn.Module, feeds: Feeds, amax: Mapping[str, float]) -> tuple[LayerReport, ...]:
+    """Each layer that FP8 takes, on the input it gets in float32: its product in FP8 against the exact one."""
+    import torch
+
+    reports: dict[str, LayerReport] = {}
+
+    def hook(name: str, layer: torch.nn.Linear) -> Any:
+        def measure(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+            x = inputs[0].detach().numpy().reshape(-1, layer.in_features)
+            weight = layer.weight.detach().numpy()
+            exact = x @ weight.T
+            scales = weight_scales(weight, 0, True)[:, None]
+            rounded = fake_quantised(x, amax[name] / LARGEST) @ fake_quantised(weight, scales).T
+            found = compare(name, rounded, exact, _LINEAR)
+            numbers = (found.max_abs, found.relative, found.sqnr_db, found.verdict, found.note)
+            reports[name] = LayerReport(name, "FP8", *numbers)
+
+        return layer.register_forward_hook(measure)
+
+    handles = [
+        hook(name, layer) for name, layer in linears_of(module).items() if name in amax and not kept(f"{name}.weight")
+    ]
+    try:
+        with torch.inference_mode():
+            module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(reports.values())
+
+
+def token_agreement(got: Array, expected: Array) -> tuple[float, int, float]:
+    """For logits [..., V]: the share of equal best tokens among those whose lead in `expected` exceeds the largest
+    error of all logits, how many those are, and the mean KL divergence in nats from `expected`."""
+    a, b = (np.asarray(value, np.float64).reshape(-1, value.shape[-1]) for value in (got, expected))
+    ordered = np.sort(b, axis=-1)
+    decided = ordered[:, -1] - ordered[:, -2] > np.abs(a - b).max()
+    same = a.argmax(axis=-1) == b.argmax(axis=-1)
+    share = float(same[decided].mean()) if decided.any() else 1.0
+
+    def log_softmax(x: Array) -> Array:
+        shifted = x - x.max(axis=-1, keepdims=True)
+        result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        return result
+
+    p = log_softmax(b)
+    return share, int(decided.sum()), float((np.exp(p) * (p - log_softmax(a))).sum(axis=-1).mean())
+
+
+def psnr(got: Array, expected: Array) -> float:
+    """Peak signal to noise ratio in dB of pictures in [-1, 1], both clipped to it; 300 if they are equal."""
+    a, b = (np.clip(np.asarray(value, np.float64), -1, 1) for value in (got, expected))
+    error = float(((a - b) ** 2).mean())
+    return min(300.0, float(10 * np.log10(4 / error))) if error else 300.0
+
+
+def tokens_problem(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
+    """Why the language model's tokens are not good enough, or ""."""
+    if "logits" not in got or "logits" not in expected:
+        return ""
+    share, count, _ = token_agreement(got["logits"], expected["logits"])
+    return f"top-1 agreement {share:.1%} of {count} is below {MIN_AGREEMENT:.0%}" if share < MIN_AGREEMENT else ""
+
+
+def tokens_remark(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
+    """The sentence about logits, or "" if there are none."""
+    if "logits" not in got or "logits" not in expected:
+        return ""
+    share, count, divergence = token_agreement(got["logits"], expected["logits"])
+    total = expected["logits"].size // expected["logits"].shape[-1]
+    return f"top-1 agreement {share:.1%} of {count} decided tokens ({total} in all), KL {divergence:.2g} nats; "
+
+
+def pictures_remark(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
+    """The sentence about pictures, or "" if there are none."""
+    if "image" not in got or "image" not in expected:
+        return ""
+    return f"PSNR {psnr(got['image'], expected['image']):.1f} dB; "
