@@ -226,8 +226,8 @@ def _hift_weights(rng: np.random.Generator) -> dict[str, Array]:
     weights["f0_predictor.classifier.weight"] *= np.float32(30)
     weights["f0_predictor.classifier.bias"][:] = 170.0
     # exp of this is the spectrum's magnitude
-    weights["conv_post.parametrizations.weight.original0"] *= np.float32(0.5)
-    weights["conv_post.bias"][: HIFT.n_fft // 2 + 1] = -1.5
+    weights["conv_post.parametrizations.weight.original0"] *= np.float32(0.3)
+    weights["conv_post.bias"][: HIFT.n_fft // 2 + 1] = -1.6
     return weights
 
 
