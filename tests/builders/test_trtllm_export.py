@@ -79,7 +79,7 @@ def _features(cases: Cases, case: str) -> np.ndarray:
 def test_engine_model_gives_the_reference(cases: Cases, tmp_path: Path, name: str, tp: int, ep: int) -> None:
     """Logits and hidden states of the read-back checkpoint against the reference, ids coded as the engine gets them.
 
-    Stored unrounded, so that only the order of sums differs: 1e-4 of the logits' size.
+    Stored unrounded, so that only the order of sums differs: 1e-4 absolute, for logits up to 10 (2.4e-5 seen).
     """
     case = f"llm.{name}"
     config = export(GOLDEN, tmp_path / "out", "fp32", tp, ep)
@@ -91,8 +91,8 @@ def test_engine_model_gives_the_reference(cases: Cases, tmp_path: Path, name: st
     coded = prompt_table(ids, modality, index, features, llm.vocab_size, 1000)
     table = rope_table(llm, cases.array(f"{case}.position_ids").reshape(3, -1), 0, POSITIONS)
     logits, hidden = NumpyEngine(tmp_path / "out").forward(coded.input_ids, coded.rows, table)
-    cases.check(f"{case}.prefill_logits", logits, 1e-4 * float(np.abs(logits).max()))
-    cases.check(f"{case}.prefill_hidden", hidden, 1e-4 * float(np.abs(hidden).max()))
+    cases.check(f"{case}.prefill_logits", logits, 1e-4)
+    cases.check(f"{case}.prefill_hidden", hidden, 1e-4)
 
 
 def test_bf16_source_is_kept_bit_for_bit(tmp_path: Path) -> None:
