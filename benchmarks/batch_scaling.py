@@ -1,0 +1,61 @@
+"""Decoding of several requests in one step against one request: tokens per second of all together.
+
+Beside each figure stands what the model's own arithmetic allows: more tokens choose more experts, so more weights are
+read, and a step that is bound by reading them cannot take as long as a step of one token.
+
+    python benchmarks/batch_scaling.py [--threads N] [--seconds S]
+"""
+
+from __future__ import annotations
+
+from harness import Row, arguments, cores, finish, interleave, measure_ceiling
+from llm_step import OurStep, step_inputs
+from random_model import config, engine_file
+
+from builders.llm import LLM
+from ming_trt.bench.stats import ratio_of_medians
+from ming_trt.models.cost import llm_step
+
+BATCHES = (1, 2, 4, 8)
+GOALS = {4: 2.0}
+
+
+def main() -> None:
+    options = arguments(str(__doc__), past={"type": int, "default": 512, "help": "tokens in the cache"})
+    threads, model = cores(options.threads), config(options.tiny)
+    past = 32 if options.tiny else options.past
+    ceiling, rows = measure_ceiling(threads), list[Row]()
+    for precision in ("int8", "int4"):
+        engine = OurStep(engine_file(LLM(), model, precision), threads)
+        steps = {}
+        for batch in BATCHES:
+            steps[f"batch {batch}"] = engine.step(step_inputs(model.llm, 1, past, batch, past + 128))
+        times = interleave(steps, options.seconds / 2, repeats=5)
+        engine.close()
+        one = times["batch 1"]
+        sizes = {batch: llm_step(model.llm, 1, past, batch, logits=0).bytes(precision) for batch in BATCHES}
+        for batch in BATCHES[1:]:
+            ours = times[f"batch {batch}"]
+            ratio = ratio_of_medians(ours.seconds, [batch * value for value in one.seconds])
+            rows.append(
+                Row(
+                    f"{batch} at once, {precision}",
+                    1000 * ours.median,
+                    "batch 1",
+                    1000 * one.median,
+                    ratio.value,
+                    ratio.low,
+                    ratio.high,
+                    0 if options.tiny else GOALS.get(batch, 0),
+                    more={
+                        "tokens_per_s": batch / ours.median,
+                        "allowed_by_reading": batch * sizes[1] / sizes[batch],
+                        "MBU": sizes[batch] / ours.median / ceiling.read_bytes_per_s,
+                    },
+                )
+            )
+    finish("batch_scaling", rows, options, ceiling, "ratio: tokens per second of all / those of one request alone")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Decoding, batch 1, four layers of the decoder at true width: our int8 and int4 engines against torch.
+
+The projection to the vocabulary is timed apart, since four layers of 28 would give it seven times its weight.
+
+    python benchmarks/llm_decode.py [--threads N] [--seconds S] [--past N]
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from harness import Row, against, arguments, cores, finish, interleave, measure_ceiling
+from llm_step import OurStep, agree, step_inputs, torch_peers
+from random_model import OFFICIAL_VOCABULARY, config, engine_file
+
+from builders.llm import LLM
+from ming_trt.models.cost import HEAD, llm_step
+
+GOALS = {"int8": 2.5, "int4": 3.8}
+# Relative error of the logits on random weights, above which two candidates do not compute the same thing.
+CLOSE = {"int8": 0.1, "int4": 0.6}
+
+
+def main() -> None:
+    options = arguments(
+        str(__doc__),
+        past={"type": int, "default": 512, "help": "tokens in the cache"},
+        no_compile={"action": "store_true", "help": "leave torch.compile out"},
+    )
+    threads = cores(options.threads)
+    model = config(options.tiny)
+    past = 32 if options.tiny else options.past
+    ours = {precision: OurStep(engine_file(LLM(), model, precision), threads) for precision in GOALS}
+    ceiling = measure_ceiling(threads)
+    rows: list[Row] = []
+    # One float type at a time: both sets of torch's weights would not fit beside ours on a small machine.
+    measured: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        arrays = step_inputs(model.llm, 1, past, 1, past + 128)
+        steps = {precision: engine.step(arrays) for precision, engine in ours.items()}
+        peers = torch_peers(model.llm, arrays, dtype, not options.no_compile, threads)
+        errors = {precision: agree(step, next(iter(peers.values()))) for precision, step in steps.items()}
+        for precision, error in errors.items():
+            if error > CLOSE[precision]:
+                raise SystemExit(f"{precision} and torch differ by {error:.2f}: they do not compute the same")
+        times = interleave({**steps, **peers}, options.seconds / 2, repeats=5)
+        for precision in GOALS:
+            key = (precision, min(peers, key=lambda name: times[name].median))
+            ratio = times[key[1]].median / times[precision].median
+            measured.setdefault(precision, []).append((ratio, times, list(peers), errors[precision]))
+        del peers
+        gc.collect()
+    for precision, runs in measured.items():
+        # the best peer is the one that is hardest to beat, in its own round
+        _, times, names, error = min(runs, key=lambda run: run[0])
+        everyone = {n: 1000 * t[n].median for _, t, ns, _ in runs for n in ns}
+        size = llm_step(model.llm, 1, past, logits=0).bytes(precision)
+        row = against(
+            times[precision],
+            [times[name] for name in names],
+            f"decode, {precision}, {past} past",
+            0 if options.tiny else GOALS[precision],
+            tokens_per_s=1 / times[precision].median,
+            MBU=size / times[precision].median / ceiling.read_bytes_per_s,
+            MB=size / 1e6,
+            error=error,
+        )
+        row.more["peers_ms"] = everyone
+        rows.append(row)
+    rows += head(options.tiny, ours, threads, ceiling.read_bytes_per_s, options.seconds / 4)
+    finish("llm_decode", rows, options, ceiling, "ratio: the best torch variant's time / ours; MBU without the head")
+
+
+def head(tiny: bool, small: dict[str, OurStep], threads: int, bandwidth: float, seconds: float) -> list[Row]:
+    """The projection to the official vocabulary: the difference to a one-layer engine with a small one."""
+    wide = config(tiny, vocab_size=8192 if tiny else OFFICIAL_VOCABULARY, num_layers=1)
+    narrow = config(tiny, num_layers=1)
+    for engine in small.values():
+        engine.close()
+    engines = {name: OurStep(engine_file(LLM(), model, "int8"), threads) for name, model in (("wide", wide), ("narrow", narrow))}
+    arrays = {"wide": step_inputs(wide.llm, 1, 8, 1, 64), "narrow": step_inputs(narrow.llm, 1, 8, 1, 64)}
+    times = interleave({name: engine.step(arrays[name]) for name, engine in engines.items()}, seconds, repeats=5)
+    took = times["wide"].median - times["narrow"].median
+    weights = llm_step(wide.llm, 1).weights[HEAD] - llm_step(narrow.llm, 1).weights[HEAD]
+    size = weights * (1 + 4 / 128)
+    return [Row("head, 8 bits", 1000 * took, more={"MBU": size / took / bandwidth, "MB": size / 1e6})]
+
+
+if __name__ == "__main__":
+    main()
