@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ming_trt.cli.media_files import SoundFile, StepProgress, check_place, write_picture
 from ming_trt.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
-    from ming_trt.serving.client import Answer, Client
+    from ming_trt.serving.client import Answer, Client, Delta
 
 EXAMPLES = (
     'Examples:  ming-trt ask "Hello"   |   ming-trt ask "What is this?" --image cat.jpg   |   '
-    "ming-trt ask --audio speech.wav --task asr --dialect cantonese"
+    "ming-trt ask --audio speech.wav --task asr --dialect cantonese   |   "
+    'ming-trt ask "a red fox in snow" --draw fox.png   |   ming-trt ask --read "Hello there" --speak hello.wav'
 )
 
 
@@ -41,20 +45,31 @@ def command(
     speak: Path | None = typer.Option(None, "--speak", help="Write the spoken answer to this WAV file."),
     read: bool = typer.Option(False, "--read", help="With --speak: speak the given text itself."),
     voice: str | None = typer.Option(None, help="With --speak: name of a voice, or a recording of one."),
+    voice_text: str | None = typer.Option(None, help="With --voice FILE: what is said in the recording."),
     draw: Path | None = typer.Option(None, "--draw", help="Write the drawn or edited picture to this PNG file."),
-    size: str | None = typer.Option(None, help="With --draw: WIDTHxHEIGHT."),
+    size: str | None = typer.Option(None, help="With --draw: WIDTHxHEIGHT; an edit keeps the size of its picture."),
+    preset: str | None = typer.Option(None, help="With --draw: defaults of the 'july' or the 'september' release."),
     steps: int | None = typer.Option(None, help="With --draw: denoising steps."),
     cfg: float | None = typer.Option(None, help="With --draw: guidance towards the text."),
     image_cfg: float | None = typer.Option(None, help="With --draw: guidance towards the given picture."),
-    cfg_mode: int | None = typer.Option(None, help="With --draw: how both are combined."),
+    cfg_mode: int | None = typer.Option(None, help="With --draw: how both are combined, 1 to 6."),
+    preview_every: int | None = typer.Option(None, help="With --draw: show FILE after every so many steps."),
     url: str = typer.Option("localhost:8001", help="gRPC address of the server."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object per event, the last with the whole answer."),
 ) -> None:
     """Ask a running server. Text streams to stdout; the exit code is 0 only for a complete answer."""
     from ming_trt.serving.client import Client
 
+    drawing = {"preset": preset, "steps": steps, "cfg": cfg, "image_cfg": image_cfg, "cfg_mode": cfg_mode}
+    drawing |= {"preview_every": preview_every, **_size(size)}
+    speaking = {"read": read or None, "voice": voice, "voice_text": voice_text}
+    _refuse_alone(draw, "--draw", drawing)
+    _refuse_alone(speak, "--speak", speaking)
+    clip = Path(voice) if voice and Path(voice).is_file() else None
+    if clip:
+        speaking["voice"] = None
     with Client(url) as client:
-        _refuse_absent(client, speak, draw, {"--read": read, "--voice": voice, "--size": size, "--steps": steps})
+        _refuse_absent(client, speak, draw)
         sampling: dict[str, Any] = {
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -74,32 +89,93 @@ def command(
             thinking=thinking,
             task=task,
             dialect=dialect,
+            draw=None if draw is None else _given({**drawing, "seed": seed}),
+            speak=None if speak is None else _given({**speaking, "seed": seed}),
+            voice=clip,
         )
-        with answer:
-            _print_json(answer) if json else _print_text(answer)
+        with answer, _sound(speak) as sound, StepProgress() as progress:
+            for delta in answer:
+                if delta.progress:
+                    progress.show(*delta.progress)
+                if draw is not None and delta.image is not None:
+                    write_picture(draw, delta.image)
+                if sound is not None and delta.audio:
+                    sound.write(delta.audio, delta.sample_rate)
+                _print(delta, json)
+            if sound is not None:
+                _finish_sound(sound)
+            _print_end(answer, sound, json)
 
 
-def _print_text(answer: Answer) -> None:
-    for delta in answer:
+def _print(delta: Delta, json: bool) -> None:
+    if json:
+        event = {"event": "delta", "text": delta.text, **delta.state}
+        event |= {"image_bytes": len(delta.image)} if delta.image else {}
+        event |= {"audio_samples": len(delta.audio) // 2} if delta.audio else {}
+        typer.echo(json_module.dumps(event, ensure_ascii=False))
+    else:
         typer.echo(delta.text, nl=False)
+
+
+def _print_end(answer: Answer, sound: SoundFile | None, json: bool) -> None:
+    if json:
+        spoken = {} if sound is None else {"audio_seconds": sound.seconds}
+        typer.echo(json_module.dumps({"event": "answer", **answer.summary(), **spoken}, ensure_ascii=False))
+        return
+    if answer.picture:
+        given, asked = (_pixels(answer.picture[key]) for key in ("given", "asked"))
+        of = "of the given picture" if asked is None else f"asked for {asked}"
+        steps, seed = answer.picture["steps"], answer.picture["seed"]
+        typer.echo(f"{given} ({of}), {steps} steps, seed {seed}, {answer.seconds:.1f} s", err=True)
+        return
     typer.echo()
     if answer.finish_reason == "length":
         typer.echo("(cut at --max-tokens, or the context is full)", err=True)
+    if sound is not None:
+        first = f", the first after {answer.first_audio_s:.2f} s" if answer.first_audio_s else ""
+        typer.echo(f"{sound.seconds:.2f} s of speech in {answer.seconds:.2f} s{first}", err=True)
 
 
-def _print_json(answer: Answer) -> None:
-    for delta in answer:
-        typer.echo(json_module.dumps({"event": "delta", "text": delta.text, **delta.state}, ensure_ascii=False))
-    typer.echo(json_module.dumps({"event": "answer", **answer.summary()}, ensure_ascii=False))
+def _pixels(size: Sequence[int] | None) -> str | None:
+    return None if size is None else f"{size[0]}x{size[1]}"
 
 
-def _refuse_absent(client: Client, speak: Path | None, draw: Path | None, options: dict[str, Any]) -> None:
+def _sound(path: Path | None) -> AbstractContextManager[SoundFile | None]:
+    return nullcontext() if path is None else SoundFile(path)
+
+
+def _finish_sound(sound: SoundFile) -> None:
+    if not sound.samples:
+        raise UnavailableError("--speak: the answer holds nothing that can be spoken, so there is no file; ask again")
+    sound.finish()
+
+
+def _size(size: str | None) -> dict[str, int | None]:
+    if size is None:
+        return {"width": None, "height": None}
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise InputError(f"--size is '{size}': give WIDTHxHEIGHT in pixels, such as 512x512")
+    return {"width": int(width), "height": int(height)}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_alone(path: Path | None, option: str, options: Mapping[str, Any]) -> None:
+    """Options that mean nothing without their file are an error, never ignored."""
+    names = {"width": "--size", "height": "--size"}
+    for name in _given(options):
+        flag = names.get(name, "--" + name.replace("_", "-"))
+        if path is None:
+            raise InputError(f"{flag} needs {option} FILE: add it, or leave {flag} out")
+    if path is not None:
+        check_place(path, option)
+
+
+def _refuse_absent(client: Client, speak: Path | None, draw: Path | None) -> None:
     """Options of stages that the server does not have are an error, never ignored."""
-    for name, value in options.items():
-        needs = "--speak" if name in ("--read", "--voice") else "--draw"
-        given = speak if needs == "--speak" else draw
-        if value and given is None:
-            raise InputError(f"{name} needs {needs} FILE: add it, or leave {name} out")
     outputs = client.outputs() if speak or draw else ()
     for option, path, output, stage in (("--speak", speak, "audio", "speech"), ("--draw", draw, "image", "image")):
         if path is not None and output not in outputs:

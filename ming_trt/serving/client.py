@@ -23,11 +23,10 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from ming_trt import errors
-from ming_trt.errors import InputError, MingError, ServeError
+from ming_trt.errors import InputError, MingError, ServeError, parse_error
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import Region, is_local, release, share
-from ming_trt.serving.wire import bytes_tensor, infer_request, json_tensor
+from ming_trt.serving.wire import bytes_tensor, infer_request, json_tensor, raw_tensor
 
 DEFAULT_URL = "localhost:8001"
 # The server ends a request whose client has not been heard of for this long.
@@ -42,17 +41,36 @@ _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_len
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the answer: its text (may be empty) and the server's state (`index`, `finish_reason`, ...)."""
+    """A piece of the answer: its text (may be empty) and the server's state (`index`, `finish_reason`, ...).
+
+    `image`: a PNG file, of the picture or (`preview`) of what it looks like so far; `audio`: 16-bit samples, mono,
+    little end first, at `sample_rate`. `progress`: denoising steps that are done, and all.
+    """
 
     text: str
     state: Mapping[str, Any]
+    image: bytes | None = None
+    audio: bytes = b""
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        return (int(self.state["step"]), int(self.state["steps"])) if "step" in self.state else None
+
+    @property
+    def preview(self) -> bool:
+        return "preview" in self.state
+
+    @property
+    def sample_rate(self) -> int:
+        return int(self.state.get("speech", {}).get("sample_rate", 0))
 
 
 class Answer:
     """The answer to one question, as it comes. Iterate over it once; leaving its `with`, or `cancel`, ends it early.
 
     After the end: `text`, `finish_reason` ("stop" or "length"), `usage` and `timings` as the server gave them, and the
-    client's own clock: `first_token_s` until the first text, `seconds` in all.
+    client's own clock: `first_token_s` until the first text, `first_audio_s` until the first sound, `seconds` in all.
+    Of a request with `draw`: `image` (PNG) and `picture` (seed, size asked for and given, steps, seconds of each part).
     """
 
     def __init__(
@@ -63,7 +81,10 @@ class Answer:
         self.finish_reason: str | None = None
         self.usage: Mapping[str, Any] = {}
         self.timings: Mapping[str, Any] = {}
+        self.image: bytes | None = None
+        self.picture: Mapping[str, Any] = {}
         self.first_token_s: float | None = None
+        self.first_audio_s: float | None = None
         self.seconds = 0.0
         self._client = client
         self._ended = threading.Event()
@@ -112,7 +133,9 @@ class Answer:
             "finish_reason": self.finish_reason,
             "usage": dict(self.usage),
             "timings": dict(self.timings),
+            "picture": dict(self.picture),
             "first_token_s": self.first_token_s,
+            "first_audio_s": self.first_audio_s,
             "seconds": self.seconds,
             # The first token belongs to the prefill.
             "tokens_per_s": (tokens - 1) / decode if tokens > 1 and self.first_token_s and decode > 0 else None,
@@ -172,13 +195,19 @@ class Answer:
         if texts is None or state is None:
             return None
         text = texts[0].decode("utf-8", "replace")
+        images, audio = bytes_tensor(response, "image"), raw_tensor(response, "audio") or b""
+        now = time.perf_counter() - self._started
         if text and self.first_token_s is None:
-            self.first_token_s = time.perf_counter() - self._started
+            self.first_token_s = now
+        if audio and self.first_audio_s is None:
+            self.first_audio_s = now
+        if images and "picture" in state:
+            self.image, self.picture = images[0], state["picture"]
         self.text += text
         if state.get("finish_reason"):
             self.finish_reason = str(state["finish_reason"])
             self.usage, self.timings = state.get("usage") or {}, state.get("timings") or {}
-        return Delta(text, state)
+        return Delta(text, state, images[0] if images else None, audio)
 
     def _explain(self, error: Any) -> MingError:
         if self._lost:
@@ -236,6 +265,9 @@ class Client:
         thinking: bool = False,
         task: str | None = None,
         dialect: str | None = None,
+        draw: Mapping[str, Any] | None = None,
+        speak: Mapping[str, Any] | None = None,
+        voice: Media | None = None,
         request_id: str | None = None,
         lease_s: float = LEASE_S,
     ) -> Answer:
@@ -243,8 +275,9 @@ class Client:
 
         Media are paths or the bytes of encoded files. Without `messages` the question is one user turn: images, videos,
         audios, then the text. With `messages` (docs/DESIGN.md, 4.2) their media parts take the files in order, kind by
-        kind. `lease_s` 0: the server goes on even if this client vanishes. Raises `InputError` for files that cannot be
-        read; the iteration raises the server's errors.
+        kind. `draw`: the answer is a picture (options: docs/image.md); `speak`: it is also spoken (docs/speech.md), by
+        the voice in the recording `voice` if one is given. `lease_s` 0: the server goes on even without this client.
+        Raises `InputError` for files that cannot be read; the iteration raises the server's errors.
         """
         if messages is not None and (text or system):
             raise InputError("'messages' come with 'text' or 'system': put everything into the messages")
@@ -252,14 +285,18 @@ class Client:
             messages = _one_turn(text, len(images), len(videos), len(audios), system, video_options or {})
         name = request_id or uuid.uuid4().hex
         body = {"id": name, "messages": list(messages), "thinking": thinking, "task": task, "dialect": dialect}
-        body |= {"sampling": dict(sampling or {}), "lease": lease_s}
+        body |= {"sampling": dict(sampling or {}), "lease": lease_s, "draw": draw, "speak": speak}
         inputs = {"request": [json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")]}
         for kind, files in (("images", images), ("videos", videos), ("audios", audios)):
             if files:
                 inputs[kind] = [_content(file) for file in files]
+        if voice is not None:
+            inputs["voice"] = [_content(voice)]
         regions = self._share(inputs)
         shared = {kind: (region.name, region.size) for kind, region in regions.items()}
-        request = infer_request(ENSEMBLE, inputs, ("text", "state"), shared)
+        # Without names the server sends what it has: one that cannot draw says so in its own words.
+        outputs = ("text", "state") if draw is None and speak is None else ()
+        request = infer_request(ENSEMBLE, inputs, outputs, shared)
         return Answer(self, name, request, lease_s, list(regions.values()))
 
     def control(self, op: str, request_id: str, seconds: float = 0.0) -> dict[str, Any]:
@@ -339,8 +376,4 @@ def _error(message: str) -> MingError:
     message = message.removeprefix(f"in ensemble '{ENSEMBLE}', ").split("\n")[0].strip()
     if "is not healthy" in message:
         return ServeError("a process of the server died just now and is being started again: ask again in a moment")
-    name, _, sentence = message.partition(": ")
-    kind = getattr(errors, name, None) if name.isidentifier() else None
-    if isinstance(kind, type) and issubclass(kind, MingError):
-        return kind(sentence)
-    return ServeError(message or "the server failed without a word: look into its log")
+    return parse_error(message) or ServeError(message or "the server failed without a word: look into its log")

@@ -20,7 +20,7 @@ def infer_request(
     outputs: Sequence[str],
     shared: Mapping[str, tuple[str, int]] | None = None,
 ) -> Any:
-    """A `ModelInferRequest` whose inputs are BYTES [n]; an empty final response is asked for.
+    """A `ModelInferRequest` whose inputs are BYTES [n]; an empty final response is asked for. No `outputs`: all.
 
     `shared`: inputs that lie in shared memory, with the region's name and size in bytes.
     """
@@ -46,9 +46,15 @@ def pack_bytes(items: Sequence[bytes]) -> bytes:
 
 def bytes_tensor(response: Any, name: str) -> list[bytes] | None:
     """The items of the BYTES output `name` of a `ModelInferResponse`, or None if it is not there."""
+    raw = raw_tensor(response, name)
+    return None if raw is None else list(_split(raw))
+
+
+def raw_tensor(response: Any, name: str) -> bytes | None:
+    """The bytes of the output `name` of numbers, in their order, or None if it is not there."""
     for index, output in enumerate(response.outputs):
         if output.name == name:
-            return list(_split(response.raw_output_contents[index]))
+            return bytes(response.raw_output_contents[index])
     return None
 
 

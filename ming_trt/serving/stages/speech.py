@@ -36,8 +36,8 @@ class Call:
 class Session:
     """The calls for one answer: their pieces in order for the talker, and whose audio a chunk is."""
 
-    def __init__(self, request_id: str, board: CancelBoard) -> None:
-        self.id = request_id
+    def __init__(self, request_id: str, board: CancelBoard, sample_rate: int) -> None:
+        self.id, self._rate = request_id, sample_rate
         self.open: list[Call] = []
         self._owners: list[Call] = []  # by the number of the piece
         self._calls: dict[int, Call] = {}
@@ -75,7 +75,8 @@ class Session:
         call = self._owners[chunk.piece]
         ends = chunk.last and self._owners.index(call) + len(call.pieces) == chunk.piece + 1
         state = {"piece": chunk.piece, "text": chunk.text, "seconds": chunk.seconds, "last": chunk.last}
-        arrays: dict[str, Array] = {"audio": to_pcm(chunk.audio), "state": json_array({**state, "codes": chunk.codes})}
+        state |= {"codes": chunk.codes, "sample_rate": self._rate}
+        arrays: dict[str, Array] = {"audio": to_pcm(chunk.audio), "state": json_array(state)}
         call.stream.send(arrays, last=ends)
         if ends:
             self.open.remove(call)
@@ -86,7 +87,7 @@ class SpeechStage(Stage):
     first call `thinker_rows` f32 [L, H] and `speech_clip` f32 [n] at 16 kHz, else without rows.
 
     Responses: `audio` i16 [n] at the decoder's rate, and `state` (`piece`, its `text`, `seconds` since the first call,
-    whether it is the `last` of the piece, and then `codes`).
+    whether it is the `last` of the piece, and then `codes`; `sample_rate`).
     """
 
     speech: Speech
@@ -122,7 +123,7 @@ class SpeechStage(Stage):
                 raise CancelledError(f"the speech of request '{name}' has ended with an error")
             session = self._sessions.get(name)
             if session is None:
-                session = self._sessions[name] = Session(name, self.board)
+                session = self._sessions[name] = Session(name, self.board, self.speech.sample_rate)
             session.add(call)
         if call.number == 0:
             rows, clip = read(request, "thinker_rows").copy(), read(request, "speech_clip").copy()
