@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test bench lint format clean
 
 help:
 	@echo "make demo    install, build the mini checkpoint's engines, serve them, ask one question per modality"
 	@echo "make test    the whole test suite"
+	@echo "make bench   the benchmarks, 15 minutes at most; needs 16 GiB of free memory and 6 GB of disk"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format and its safe fixes"
 	@echo "make clean   remove the environment and the demo's files"
@@ -29,6 +30,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/suite.py --minutes 15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The audio encoder, four layers at full width, one clip of 30 seconds.
 
-    python benchmarks/audio.py [--threads N] [--seconds S] [--clip SECONDS]
+python benchmarks/audio.py [--threads N] [--seconds S] [--clip SECONDS]
 """
 
 from __future__ import annotations

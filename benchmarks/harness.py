@@ -129,7 +129,9 @@ def cores(threads: int) -> int:
     return threads or int(environment()["cores"])
 
 
-def finish(name: str, rows: Sequence[Row], options: argparse.Namespace, ceiling: Ceiling | None, note: str = "") -> None:
+def finish(
+    name: str, rows: Sequence[Row], options: argparse.Namespace, ceiling: Ceiling | None, note: str = ""
+) -> None:
     """Prints the table, writes `<host>/<name>.json`, and prints the result as the last line."""
     result = {
         "benchmark": name,
@@ -173,7 +175,9 @@ def show(result: Mapping[str, Any]) -> None:
             f"{row['low']:.3g} to {row['high']:.3g}" if row["ratio"] else "",
             f"{row['goal']:g}×" if row["goal"] else "",
             row["verdict"],
-            ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()),
+            ", ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+            ),
         )
     console.print(table)
     if result["note"]:

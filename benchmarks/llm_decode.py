@@ -79,7 +79,10 @@ def head(tiny: bool, small: dict[str, OurStep], threads: int, bandwidth: float, 
     narrow = config(tiny, num_layers=1)
     for engine in small.values():
         engine.close()
-    engines = {name: OurStep(engine_file(LLM(), model, "int8"), threads) for name, model in (("wide", wide), ("narrow", narrow))}
+    engines = {
+        name: OurStep(engine_file(LLM(), model, "int8"), threads)
+        for name, model in (("wide", wide), ("narrow", narrow))
+    }
     arrays = {"wide": step_inputs(wide.llm, 1, 8, 1, 64), "narrow": step_inputs(narrow.llm, 1, 8, 1, 64)}
     times = interleave({name: engine.step(arrays[name]) for name, engine in engines.items()}, seconds, repeats=5)
     took = times["wide"].median - times["narrow"].median

@@ -1,6 +1,6 @@
 """Prefill of 512 tokens, four layers of the decoder at true width: our int8 forms against torch eager.
 
-    python benchmarks/llm_prefill.py [--threads N] [--seconds S] [--tokens N]
+python benchmarks/llm_prefill.py [--threads N] [--seconds S] [--tokens N]
 """
 
 from __future__ import annotations

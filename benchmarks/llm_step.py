@@ -70,7 +70,9 @@ def load_torch(config: LLMConfig, dtype: torch.dtype) -> MingLLM:
 def torch_step(module: MingLLM, arrays: dict[str, Any], dtype: torch.dtype) -> Step:
     """The same step by torch; caches are written in place."""
     inputs = [torch.from_numpy(np.array(array)) for array in arrays.values()]
-    inputs = [tensor.to(dtype) if name.startswith("past_") else tensor for name, tensor in zip(arrays, inputs, strict=True)]
+    inputs = [
+        tensor.to(dtype) if name.startswith("past_") else tensor for name, tensor in zip(arrays, inputs, strict=True)
+    ]
 
     def run() -> torch.Tensor:
         with torch.inference_mode():

@@ -76,7 +76,9 @@ class RandomCheckpoint:
         return torch.randn(shape, generator=generator).mul_(fan_in**-0.5).bfloat16()
 
 
-def engine_file(component: MainShardComponent, model: MingConfig, precision: str, many_rows: bool | None = None) -> Path:
+def engine_file(
+    component: MainShardComponent, model: MingConfig, precision: str, many_rows: bool | None = None
+) -> Path:
     """The ONNX file of `component`, made unless it is there already; `many_rows` overrides the component's own.
 
     Its folder is named after all that it depends on: configuration, precision, and the code that makes it.

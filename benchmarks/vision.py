@@ -1,6 +1,6 @@
 """The vision encoder, four layers at full width (three with windows), one picture of 448 x 448 pixels.
 
-    python benchmarks/vision.py [--threads N] [--seconds S]
+python benchmarks/vision.py [--threads N] [--seconds S]
 """
 
 from __future__ import annotations
