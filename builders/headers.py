@@ -22,10 +22,13 @@ class HeaderCheckpoint(Checkpoint):
     """A `Checkpoint` whose tensors can be looked up but not read. Raises `CheckpointError` where it finds no header."""
 
     def __init__(self, root: Path, subfolder: str = "") -> None:
+        # whether every shard is there with all its bytes
+        self.complete = True
         try:
             super().__init__(root, subfolder)
         except CheckpointError:
-            # not whole; what is there may still say enough
+            # what is there may still say enough
+            self.complete = False
             self._tensors = dict(sorted(_known(self.folder).items()))
             self._parts: dict[str, Checkpoint] = {}
             if not self._tensors:

@@ -1,55 +1,46 @@
 """What a build will make and need, from configuration and headers alone: no weights are read, nothing is exported.
 
-Sizes of weights and of the KV cache are exact. Working memory is an estimate: a base for the libraries, and a few
-times the largest tensor while exporting.
+Exact: parameters, weights, KV cache. From the definitions run on tensors without data (`builders/activations.py`):
+working memory, an upper bound where a back end fuses operators. Estimates, named so: base of a process, what CUDA
+graphs take, peaks of the build, time.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builders import registry
-from builders.component import Component
+from builders import plan_serving, registry, trtllm
 from builders.headers import HeaderCheckpoint
-from builders.reference import reference_bytes
-from builders.sizes import weight_bytes
+from builders.plan_engine import EnginePlan, Shapes, engine_plan
+from builders.plan_serving import Item, Needs, gib
+from builders.skeleton import checkpoint_folder
 from builders.verify import available_memory
-from ming_trt import presets
-from ming_trt.config import MingConfig, load_config
+from ming_trt.config import load_config
 from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
 
-_CACHE_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
-# Resident memory of torch, onnx and ONNX Runtime before they hold a weight, measured.
+__all__ = ["EnginePlan", "Item", "Plan", "gib", "plan"]
+
+# Resident memory of torch, onnx and ONNX Runtime before they hold a weight; grows by some MiB an export. Measured.
 _BUILD_BASE = 480 * 2**20
-# Resident memory of one serving process (Python, numpy, ONNX Runtime), measured.
-_SERVE_BASE = 130 * 2**20
 # The exporter holds a tensor as read, as converted, and as written.
 _COPIES = 3
+# Exporting to TensorRT-LLM goes matrix by matrix; calibration and gate too, measured at the official widths.
+_RANKS_PEAK = 2**30
+# Seconds on one core of a server, measured with the mini checkpoint: an export, and a compilation of TensorRT-RTX.
+_EXPORT_SECONDS, _COMPILE_SECONDS = 12, 30
 _DISK_BYTES_PER_SECOND = 200e6
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """One engine, or the `reason` why there is none. Sizes in bytes; `reference_bytes` is what its torch definition
-    holds at least while the gate compares with it."""
-
-    name: str
-    precision: str = ""
-    parameters: int = 0
-    weight_bytes: int = 0
-    largest_tensor: int = 0
-    largest_tensor_bytes: int = 0
-    reference_bytes: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """A build before it is made. All sizes in bytes, `seconds` an estimate for a disk of 200 MB/s."""
+    """A build before it is made. All sizes in bytes, `seconds` an estimate for one core and a disk of 200 MB/s.
+
+    `run_items` make up the memory of serving on the fullest of `gpus` GPUs (on the machine, for onnxruntime), and
+    `run_bytes` is their sum; `memory_limit` what it has to fit into.
+    """
 
     checkpoint: str
     preset: str
@@ -62,6 +53,8 @@ class Plan:
     kv_bytes: int
     kv_bytes_per_token: int
     kv_budget: int
+    gpus: int
+    run_items: tuple[Item, ...]
     run_bytes: int
     build_peak_bytes: int
     gate_peak_bytes: int
@@ -69,131 +62,119 @@ class Plan:
     memory_limit: int
     seconds: float
     problem: str = ""
+    notes: tuple[str, ...] = field(default_factory=tuple)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
 
 
-def plan(folder: Path, preset: Preset, only: tuple[str, ...] = (), memory_limit: int = 0) -> Plan:
-    """Plans the build of the checkpoint in `folder`, which may consist of config.json and headers (or an index) alone.
+def plan(
+    folder: Path, preset: Preset, only: tuple[str, ...] = (), memory_limit: int = 0, gpus: int = 1, experts: int = 1
+) -> Plan:
+    """Plans the build of the checkpoint in `folder`, which may consist of config.json and headers (or an index) alone;
+    "official" stands for the sizes of the published one.
 
     `memory_limit` bytes of memory to fit into: 0 takes the preset's device memory or, on a CPU target, what this
-    machine has free. `Plan.problem` says what does not fit; nothing is raised for that.
+    machine has free. `gpus`, `experts`: tensor and expert parallel sizes. `Plan.problem` says what does not fit;
+    nothing is raised for that. Raises `MingError` for a checkpoint or selection that cannot be built.
     """
+    _check_selection(preset, only, gpus, experts)
+    with checkpoint_folder(folder) as place:
+        return _plan(str(folder), place, preset, only, memory_limit, (gpus, experts))
+
+
+def _check_selection(preset: Preset, only: tuple[str, ...], gpus: int, experts: int) -> None:
+    if preset.target == trtllm.TARGET:
+        only = tuple(name for name in only if name != trtllm.NAME)
+    elif max(gpus, experts) > 1:
+        raise BuildError(f"--tp {gpus} --ep {experts} need target tensorrt-llm, not {preset.target}: leave them out")
     registry.check_names(only)
+
+
+def _plan(
+    label: str,
+    folder: Path,
+    preset: Preset,
+    only: tuple[str, ...],
+    memory_limit: int,
+    parallel: tuple[int, int],
+) -> Plan:
     config, checkpoint = load_config(folder), HeaderCheckpoint(folder)
-    engines = [_engine(name, config, checkpoint, preset, only) for name in registry.COMPONENTS]
+    names = list(registry.COMPONENTS)
+    if preset.target == trtllm.TARGET:
+        # it takes the place of the engine `llm`
+        names[names.index("llm") : names.index("llm") + 1] = [trtllm.NAME]
+    shapes: Shapes = {}
+    engines = [engine_plan(name, config, checkpoint, preset, only, parallel, shapes) for name in names]
     made = [engine for engine in engines if not engine.reason]
     if not made:
         raise BuildError(
-            f"'{folder}' holds no component that can be built ({engines[0].reason}): give a whole checkpoint"
+            f"'{label}' holds no component that can be built ({engines[0].reason}): give a whole checkpoint"
         )
-    per_token = _kv_bytes_per_token(config, preset) if any(engine.name == "llm" for engine in made) else 0
-    kv = per_token * preset.profile.slots * min(preset.profile.max_seq_len, config.llm.max_positions)
-    weights = sum(engine.weight_bytes for engine in made)
-    largest = max(engine.largest_tensor_bytes for engine in made)
-    reference = max(engine.reference_bytes + engine.weight_bytes for engine in made)
+    here = [engine for engine in made if engine.built]
+    needs = Needs.of(made, config, preset, parallel)
     limit = memory_limit or preset.device_memory or available_memory()
-    run = weights + kv + _SERVE_BASE * len(made)
+    build_peak, gate_peak = _peaks(here, preset)
+    weights = sum(engine.weight_bytes for engine in here)
     return Plan(
-        checkpoint=str(folder),
+        checkpoint=label,
         preset=preset.name,
         target=preset.target,
-        steps=("assets", *(step for engine in made for step in (engine.name, f"gate:{engine.name}"))),
+        steps=("assets", *(step for engine in here for step in _steps(engine))),
         engines=tuple(engines),
         parameters=sum(engine.parameters for engine in made),
         source_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         weight_bytes=weights,
-        kv_bytes=kv,
-        kv_bytes_per_token=per_token,
+        kv_bytes=needs.kv_bytes,
+        kv_bytes_per_token=needs.kv_bytes_per_token,
         kv_budget=preset.kv_budget,
-        run_bytes=run,
-        build_peak_bytes=_BUILD_BASE + _COPIES * largest,
-        gate_peak_bytes=_BUILD_BASE + reference,
+        gpus=max(parallel),
+        run_items=needs.items,
+        run_bytes=needs.total,
+        build_peak_bytes=build_peak,
+        gate_peak_bytes=gate_peak,
         disk_bytes=weights,
         memory_limit=limit,
-        seconds=round(15 * len(made) + 2 * weights / _DISK_BYTES_PER_SECOND, 1),
-        problem=_problem(made, kv, run, limit, preset, config),
+        seconds=_seconds(here, preset),
+        problem=plan_serving.problem(needs, made, limit, preset, config, parallel, shapes),
+        notes=_notes(engines, preset),
     )
 
 
-def _engine(
-    name: str, config: MingConfig, checkpoint: HeaderCheckpoint, preset: Preset, only: tuple[str, ...]
-) -> EnginePlan:
-    from ming_trt.models.weights import check_sources
-
-    component = registry.component(name)
-    reason = "not selected" if only and name not in only else component.needs(config, checkpoint)
-    if reason:
-        return EnginePlan(name, reason=reason)
-    sources = component.sources(config)
-    check_sources(sources, checkpoint)
-    precision = preset.precision_of(name)
-    sizes = [math.prod(source.shape) for source in sources.values()]
-    # what is read at once is one tensor of the checkpoint, not the stack that it becomes part of
-    read = {n: info for source in sources.values() for n in source.names for info in (checkpoint.info(n),)}
-    largest = max((math.prod(info.shape) for info in read.values() if min(info.shape, default=0) >= 0), default=0)
-    largest = largest or max(sizes)
-    total = sum(sizes)
-    weights, held = _weights(component, config, preset), reference_bytes(component, config)[1]
-    return EnginePlan(name, precision, total, weights, largest, 4 * largest, held)
+def _steps(engine: EnginePlan) -> tuple[str, ...]:
+    before = (trtllm.CALIBRATION,) if engine.name == trtllm.NAME and engine.precision == "fp8" else ()
+    return (*before, engine.name, f"gate:{engine.name}")
 
 
-def _weights(component: Component, config: MingConfig, preset: Preset) -> int:
-    """Bytes of the engine's weights as the preset stores them."""
-    precision = preset.precision_of(component.name)
-    keep, by_column = getattr(component, "keep_float", ()), getattr(component, "many_rows", False)
-    return sum(
-        weight_bytes(name, source.shape, preset.target, precision, keep, by_column)
-        for name, source in component.sources(config).items()
-    )
+def _peaks(engines: list[EnginePlan], preset: Preset) -> tuple[int, int]:
+    """Peak of host memory of the build's steps, and of its gates."""
+    if preset.target == trtllm.TARGET:
+        return _RANKS_PEAK, _RANKS_PEAK
+    export = _COPIES * max(engine.largest_tensor_bytes for engine in engines)
+    compare = max(engine.reference_bytes + engine.weight_bytes for engine in engines)
+    return _BUILD_BASE + export, _BUILD_BASE + (compare if preset.target == "onnxruntime" else 0)
 
 
-def _kv_bytes_per_token(config: MingConfig, preset: Preset) -> int:
-    llm = config.llm
-    if preset.target == "onnxruntime":
-        number = 4
-    else:
-        number = _CACHE_BYTES.get(preset.precision.get("kv_cache", preset.precision_of("llm")), 4)
-    return 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * number
+def _seconds(engines: list[EnginePlan], preset: Preset) -> float:
+    """Exports and compilations one after the other; weights are read, written and digested."""
+    each = 0 if preset.target == trtllm.TARGET else _EXPORT_SECONDS
+    if preset.target in ("tensorrt", "tensorrt-rtx"):
+        each += _COMPILE_SECONDS
+    moved = sum(4 * engine.parameters + 2 * engine.weight_bytes for engine in engines)
+    return round(each * len(engines) + moved / _DISK_BYTES_PER_SECOND, 1)
 
 
-def _problem(engines: list[EnginePlan], kv: int, run: int, limit: int, preset: Preset, config: MingConfig) -> str:
-    """Why the plan cannot be built or served, in one sentence, or ""."""
-    if kv > preset.kv_budget:
-        return (
-            f"the KV cache of {preset.profile.slots} slots of {preset.profile.max_seq_len} tokens needs {gib(kv)}, "
-            f"above the preset's kv_budget of {gib(preset.kv_budget)}: lower max_seq_len or slots, or raise kv_budget"
+def _notes(engines: list[EnginePlan], preset: Preset) -> tuple[str, ...]:
+    found = []
+    aside = [engine.name for engine in engines if not engine.reason and not engine.built]
+    if aside:
+        found.append(
+            f"preset {preset.name} builds {trtllm.NAME}; counted on the GPU beside it are {', '.join(aside)}, "
+            "which the same preset builds with --target tensorrt"
         )
-    if run <= limit:
-        return ""
-    items = {f"the weights of {engine.name}": engine.weight_bytes for engine in engines} | {"the KV cache": kv}
-    largest = max(items, key=lambda item: items[item])
-    fitting = _nearest_fitting(engines, limit, preset, config)
-    remedy = f"take preset {fitting}" if fitting else "no shipped preset fits; take a larger machine"
-    return (
-        f"serving needs {gib(run)} and {gib(limit)} are there; the largest item is {largest} with "
-        f"{gib(items[largest])}: {remedy}"
-    )
-
-
-def _nearest_fitting(engines: list[EnginePlan], limit: int, preset: Preset, config: MingConfig) -> str:
-    """The shipped preset with the same target that uses most of `limit` and fits, or ""."""
-    best, best_bytes = "", 0
-    for name in presets.names():
-        other = presets.load(name)
-        if other.target != preset.target or other.name == preset.name:
-            continue
-        weights = sum(_weights(registry.component(engine.name), config, other) for engine in engines)
-        length = min(other.profile.max_seq_len, config.llm.max_positions)
-        needed = weights + _kv_bytes_per_token(config, other) * other.profile.slots * length
-        needed += _SERVE_BASE * len(engines)
-        if best_bytes < needed <= limit:
-            best, best_bytes = name, needed
-    return best
-
-
-def gib(size: float) -> str:
-    """A size for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+    if preset.target == trtllm.TARGET:
+        found.append("time is without calibration and without the engine's build on the GPU machine: not measured")
+    elif preset.target == "tensorrt":
+        found.append("time to compile is what TensorRT-RTX took; TensorRT measures kernels on the GPU and takes longer")
+    return tuple(found)

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from builders.plan import Plan
 
 EXAMPLES = """Examples:
 
 ming-trt plan CHECKPOINT
+
+ming-trt plan official --preset h200-fp8      (the published model; needs no download)
 
 ming-trt plan folder-with-config-and-index --preset cpu-fp32 --json
 """
@@ -25,10 +29,14 @@ def command(
     target: str = typer.Option(None, "--target", help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-llm."),
     precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=int8,...)."),
     max_host_memory: str = typer.Option(None, "--max-host-memory", help="Memory to fit into. [default: what is free]"),
+    tp: int = typer.Option(1, "--tp", min=1, help="Tensor parallel size (tensorrt-llm)."),
+    ep: int = typer.Option(1, "--ep", min=1, help="Expert parallel size (tensorrt-llm)."),
     only: list[str] = typer.Option(None, "--only", help="Plan this component only; may be repeated."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Say what a build will make: steps, engines, sizes, memory, disk and time. Reads no weights, needs no GPU.
+
+    The name "official" stands for the published checkpoint, whose sizes ship with ming-trt.
 
     Exit code 1, with the largest item and the nearest preset that fits, if it does not fit.
     """
@@ -37,7 +45,7 @@ def command(
 
     chosen = presets.load(preset or presets.default_name(target)).with_options(target=target, precision=precision)
     limit = presets.parse_size(max_host_memory, "--max-host-memory") if max_host_memory else 0
-    made = plan(checkpoint, chosen, tuple(only or ()), limit)
+    made = plan(checkpoint, chosen, tuple(only or ()), limit, tp, ep)
     if json:
         typer.echo(json_module.dumps(made.as_dict()))
     else:
@@ -55,23 +63,48 @@ def _show(made: Plan) -> None:
 
     out = console()
     out.print(f"{made.checkpoint}: preset {made.preset}, target {made.target}")
-    table = Table("engine", "precision", "parameters", "weights", "largest tensor", "remark", box=None)
+    table = Table("engine", "precision", "parameters", "weights", "activations", "largest tensor", "remark", box=None)
     for engine in made.engines:
         if engine.reason:
-            table.add_row(engine.name, "", "", "", "", f"skipped: {engine.reason}")
+            table.add_row(engine.name, "", "", "", "", "", f"skipped: {engine.reason}")
         else:
-            sizes = (f"{engine.parameters:,}", gib(engine.weight_bytes), gib(engine.largest_tensor_bytes))
-            table.add_row(engine.name, engine.precision, *sizes, "")
+            sizes = (engine.weight_bytes, engine.activation_bytes, engine.largest_tensor_bytes)
+            remark = "" if engine.built else "built with --target tensorrt"
+            table.add_row(engine.name, engine.precision, f"{engine.parameters:,}", *map(gib, sizes), remark)
     out.print(table)
-    sums = Table("", "", box=None, show_header=False)
+    _show_shapes(out, made)
+    place = {1: "GPU" if made.target != "onnxruntime" else "machine"}.get(made.gpus, f"fullest of {made.gpus} GPUs")
+    serving = Table(f"serving, on the {place}", "", box=None)
+    for item in made.run_items:
+        serving.add_row(item.what, gib(item.size))
+    serving.add_row("sum", f"{gib(made.run_bytes)} of {gib(made.memory_limit)}")
+    out.print(serving)
+    sums = Table("build", "", box=None)
     sums.add_row("steps", ", ".join(made.steps))
-    sums.add_row("weights", f"{gib(made.weight_bytes)} ({made.parameters:,} parameters)")
+    sums.add_row("weights", f"{gib(made.weight_bytes)} from {gib(made.source_bytes)} of files")
     sums.add_row(
         "KV cache", f"{gib(made.kv_bytes)} of {gib(made.kv_budget)}; {made.kv_bytes_per_token:,} bytes a token"
     )
-    sums.add_row("serving", f"{gib(made.run_bytes)} of {gib(made.memory_limit)}")
-    sums.add_row("build peak", f"{gib(made.build_peak_bytes)} (estimate)")
+    sums.add_row("host peak", f"{gib(made.build_peak_bytes)} (estimate)")
     sums.add_row("gate peak", f"{gib(made.gate_peak_bytes)} (estimate; an engine that does not fit is not compared)")
     sums.add_row("disk", gib(made.disk_bytes))
-    sums.add_row("time", f"about {made.seconds:.0f} s")
+    sums.add_row("time", f"about {made.seconds / 60:.0f} min on one core (estimate)")
     out.print(sums)
+    for note in made.notes:
+        out.print(f"note: {note}")
+
+
+def _show_shapes(out: Console, made: Plan) -> None:
+    """Inputs of every engine, and the range of each symbol in its profiles."""
+    from rich.table import Table
+
+    inputs = Table("engine", "inputs", box=None)
+    profiles = Table("engine", "profile", "smallest, typical, largest", box=None)
+    for engine in made.engines:
+        if engine.inputs:
+            inputs.add_row(engine.name, "; ".join(f"{name} {spec}" for name, spec in engine.inputs.items()))
+        for profile in engine.profiles:
+            ranges = (f"{symbol} {low}, {middle}, {high}" for symbol, (low, middle, high) in profile.sizes.items())
+            profiles.add_row(engine.name, profile.name, "; ".join(ranges))
+    out.print(inputs)
+    out.print(profiles)

@@ -83,9 +83,10 @@ def test_cache_by_hand() -> None:
     assert plan(GOLDEN, CPU, ("audio_encoder",)).kv_bytes == 0
 
 
-def test_refusals_name_the_largest_item(tmp_path: Path) -> None:
+def test_refusals_name_the_largest_item() -> None:
     made = plan(GOLDEN, CPU, memory_limit=1 << 20)
-    assert "the largest item is the KV cache with 128.0 MiB" in made.problem
+    assert "the largest item is the processes with" in made.problem
+    assert "no shipped preset fits, mini-cpu comes nearest with" in made.problem
     tight = replace(CPU, kv_budget=1 << 20)
     assert "lower max_seq_len or slots, or raise kv_budget" in plan(GOLDEN, tight).problem
     # of the presets that need less, the one that needs most

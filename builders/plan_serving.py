@@ -1,0 +1,142 @@
+"""The memory that serving takes, item by item, whether it fits, and what would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from builders import registry, trtllm
+from builders.plan_engine import EnginePlan, Shapes, cache_bytes_per_token, engine_weights
+from ming_trt import presets
+from ming_trt.presets import Preset
+from ming_trt.serving.graph import stages_for
+
+if TYPE_CHECKING:
+    from ming_trt.config import MingConfig
+
+# Resident memory of one serving process (Python, numpy, ONNX Runtime), measured.
+_PROCESS = 130 * 2**20
+# A CUDA context with the libraries' kernels, in each process that uses the GPU: an estimate.
+_CONTEXT = 512 * 2**20
+# One captured step: its nodes and launch parameters, for each layer. An estimate; the graphs share one pool.
+_GRAPH_LAYER = 256 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A part of the memory that serving takes."""
+
+    what: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The memory of serving, on the fullest GPU or on the machine, and its KV cache over all of them."""
+
+    kv_bytes: int
+    kv_bytes_per_token: int
+    items: tuple[Item, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(item.size for item in self.items)
+
+    @classmethod
+    def of(cls, engines: list[EnginePlan], config: MingConfig, preset: Preset, parallel: tuple[int, int]) -> Needs:
+        """Adds up the engines that will be served."""
+        ranks = max(parallel)
+        model = next((engine for engine in engines if engine.name in ("llm", trtllm.NAME)), None)
+        token = cache_bytes_per_token(config, preset) if model else 0
+        kv = token * preset.profile.slots * min(preset.profile.max_seq_len, config.llm.max_positions)
+        items = [Item(f"the weights of {engine.name}", engine.weight_bytes_per_gpu) for engine in engines]
+        if kv:
+            # with more GPUs than key/value heads a head lies on several
+            items.append(Item("the KV cache", kv // min(ranks, config.llm.num_kv_heads)))
+        others = (engine for engine in engines if engine is not model)
+        items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
+        cpu = preset.target == "onnxruntime"
+        items += [Item(f"the activations of {e.name}", e.activation_bytes) for e in engines]
+        stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])
+        if cpu:
+            items.append(Item("the processes", _PROCESS * sum(stage.instances for stage in stages)))
+        else:
+            contexts = sum(stage.instances for stage in stages if stage.component)
+            items.append(Item("the CUDA contexts (estimate)", _CONTEXT * contexts))
+            items.append(Item("the CUDA graphs (estimate)", _graphs(model, config, preset)))
+        return cls(kv, token, tuple(item for item in items if item.size))
+
+
+def _graphs(model: EnginePlan | None, config: MingConfig, preset: Preset) -> int:
+    """Decoding is captured for batches of 1, 2, 4 … slots; the pool holds the largest step's working memory."""
+    if model is None:
+        return 0
+    captured = preset.profile.slots.bit_length() + (preset.profile.slots & (preset.profile.slots - 1) > 0)
+    decode = next((way.activation_bytes for way in model.profiles if way.name == "decode"), 0)
+    return decode + captured * config.llm.num_layers * _GRAPH_LAYER
+
+
+def problem(
+    needs: Needs,
+    engines: list[EnginePlan],
+    limit: int,
+    preset: Preset,
+    config: MingConfig,
+    parallel: tuple[int, int],
+    shapes: Shapes,
+) -> str:
+    """Why the plan cannot be built or served, in one sentence, or ""."""
+    profile = preset.profile
+    if needs.kv_bytes > preset.kv_budget:
+        return (
+            f"the KV cache of {profile.slots} slots of {profile.max_seq_len} tokens needs {gib(needs.kv_bytes)}, above "
+            f"the preset's kv_budget of {gib(preset.kv_budget)}: lower max_seq_len or slots, or raise kv_budget"
+        )
+    if needs.total <= limit:
+        return ""
+    largest = max(needs.items, key=lambda item: item.size)
+    remedy = _nearest(engines, needs.total, limit, preset, config, parallel, shapes)
+    return (
+        f"serving needs {gib(needs.total)} and {gib(limit)} are there; the largest item is {largest.what} with "
+        f"{gib(largest.size)}: {remedy}"
+    )
+
+
+def _nearest(
+    engines: list[EnginePlan],
+    total: int,
+    limit: int,
+    preset: Preset,
+    config: MingConfig,
+    parallel: tuple[int, int],
+    shapes: Shapes,
+) -> str:
+    """What to do: the shipped preset of this target that uses most of `limit` and fits, or how far the next one is.
+
+    Working memory is taken as that of `preset`: others differ in the precision of weights, in slots and in lengths.
+    """
+    best, best_bytes, least, least_bytes = "", 0, preset.name, total
+    for name in presets.names():
+        other = presets.load(name)
+        if other.target != preset.target or other.name == preset.name:
+            continue
+        changed = []
+        for engine in engines:
+            # the precisions of TensorRT-LLM presets are equal
+            if engine.name != trtllm.NAME:
+                weights = engine_weights(registry.component(engine.name), shapes[engine.name], other)
+                engine = replace(engine, weight_bytes_per_gpu=weights)
+            changed.append(engine)
+        needed = Needs.of(changed, config, other, parallel).total
+        if best_bytes < needed <= limit:
+            best, best_bytes = name, needed
+        if needed < least_bytes:
+            least, least_bytes = name, needed
+    if best:
+        return f"take preset {best}"
+    return f"no shipped preset fits, {least} comes nearest with {gib(least_bytes)}; take a larger machine, or --only"
+
+
+def gib(size: float) -> str:
+    """A size for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
