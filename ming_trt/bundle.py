@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,13 +228,30 @@ class Bundle:
         """The file (or folder) that the engine `name` loads."""
         return self.path / self.component(name).model
 
-    def check(self) -> list[str]:
-        """Compares every file with its digest and looks for files that the manifest lacks. One sentence per problem."""
+    def damage(self, read: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Compares every file of the manifest with its size and digest. One sentence per damaged file.
+
+        `read` is told how many bytes were read, every MiB; what it raises ends the check.
+        """
         problems = list(self._problems_by_size())
         bad = {problem.split("'")[1] for problem in problems}
         for name, entry in sorted(self.manifest.files.items()):
-            if name not in bad and sha256(self.path / name) != entry.sha256:
+            if name not in bad and sha256(self.path / name, read) != entry.sha256:
                 problems.append(f"'{name}' does not have the digest that the manifest states")
+        return problems
+
+    def require_intact(self, read: Callable[[int], None] = lambda _: None) -> None:
+        """Raises `BundleError` if a file is damaged; `read` as for `damage`."""
+        problems = self.damage(read)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise BundleError(
+                f"bundle '{self.path}' is damaged: {problems[0]}{more}; copy it again, or remove it and build it again"
+            )
+
+    def check(self) -> list[str]:
+        """`damage`, and files that the manifest lacks. One sentence per problem."""
+        problems = self.damage()
         known = self.manifest.files
         # What a build left alone, because it was not selected, is not part of the bundle.
         aside = {name for name, step in self.manifest.steps.items() if step.outcome == "SKIPPED"}
@@ -275,12 +292,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value if isinstance(value, str) else json.dumps(value)
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces of 1 MiB."""
+def sha256(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces of 1 MiB; `read` is told the size of each."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
         while block := stream.read(_CHUNK):
             digest.update(block)
+            read(len(block))
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ming_trt import presets
 from ming_trt.errors import ConfigError
+from ming_trt.resources import engines_dir
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -18,6 +20,15 @@ def test_shipped_presets_load_and_round_trip(name: str) -> None:
     preset = presets.load(name)
     assert preset.name == name
     assert presets.from_dict(preset.as_dict(), name) == preset
+
+
+def test_a_wheel_carries_every_preset_and_no_bundle() -> None:
+    """Bundles are built below `engines`, so its files are named one by one."""
+    project = tomllib.loads((engines_dir().parent / "pyproject.toml").read_text("utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    engines = {source for source in included if source.startswith("engines")}
+    assert engines == {f"engines/{name}.toml" for name in presets.names()} | {"engines/official"}
+    assert all(included[source] == f"ming_trt/_data/{source}" for source in engines)
 
 
 def test_defaults_exist() -> None:

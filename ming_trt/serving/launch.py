@@ -25,6 +25,7 @@ from types import TracebackType
 from ming_trt.errors import ServeError
 from ming_trt.serving.assemble import RepositoryMark, check_gate, open_bundle, read_mark
 from ming_trt.serving.graph import ENSEMBLE
+from ming_trt.serving.intact import check_files
 from ming_trt.serving.preflight import check_ports, check_repository, check_shared_memory
 from ming_trt.serving.programs import ServerProgram, find_program
 from ming_trt.serving.server_log import first_failure, loaded_models, requests_are_done
@@ -119,6 +120,8 @@ class Server:
         configs = check_repository(self.repository)
         check_ports(self.host, {"http": self.ports.http, "grpc": self.ports.grpc, "metrics": self.ports.metrics})
         check_shared_memory(sum(sum(g.count for g in config.instance_group) for config in configs.values()))
+        if not check_files(bundle, self._progress, self.stop_requested):
+            return self
         self.run_dir = Path(tempfile.mkdtemp(prefix="ming-trt-"))
         program = find_program(self.run_dir, prefer_system=mark.target != "onnxruntime")
         self._progress(f"starting {program.title}; log: {self.log_file}")
