@@ -81,12 +81,11 @@ class PieceSplitter:
 
     def _end_line(self, unit: str) -> None:
         """A line end is a pause: a comma after a CJK character, a full stop after an English word."""
-        if not self._held:
-            return
+        word = unit[:-1]
         if has_cjk("".join(self._held)):
             if has_cjk(self._held[-1][-1]):
                 self._held.append("，")
-        elif word := unit[:-1]:
+        elif word:
             self._held.append(word + "." if re.search("[a-zA-Z]$", word) else word)
 
     def _flush(self) -> Iterator[Piece]:
@@ -111,11 +110,17 @@ class StreamSplitter:
     def __init__(self) -> None:
         self._splitter = PieceSplitter()
         self._word = ""
-        self._cjk = False
+        self._cjk = self._begun = False
+        self.opening = ""
+        """The text up to the end of the first piece: its language decides on the voice."""
 
     def feed(self, part: str) -> list[Piece]:
         """The pieces that are complete with this part of the text."""
-        return list(self._splitter.feed(self._units(part)))
+        found: list[Piece] = []
+        for unit in self._units(part):
+            found += self._splitter.feed([unit])
+            self._begun = self._begun or bool(found)
+        return found
 
     def finish(self) -> list[Piece]:
         """The pieces of what is left."""
@@ -123,6 +128,8 @@ class StreamSplitter:
 
     def _units(self, part: str) -> Iterator[str]:
         for character in part:
+            if not self._begun:
+                self.opening += character
             self._cjk = self._cjk or has_cjk(character)
             if character == "\n" and not self._cjk:
                 if self._word:

@@ -40,13 +40,12 @@ class Reply:
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """A spoken answer. `text` has come so far; `calls` of `speech` were made, of which `running` go on."""
+    """A spoken answer. `calls` of `speech` were made, of which `running` go on."""
 
     id: str
     options: Mapping[str, Any]
     arrays: Mapping[str, Array]
     splitter: StreamSplitter = field(default_factory=StreamSplitter)
-    text: str = ""
     calls: int = 0
     running: int = 0
     samples: int = 0
@@ -106,17 +105,15 @@ class Speaker:
 
     def _pieces(self, session: _Session, reply: Reply) -> list[Piece]:
         if session.options["read"]:
-            session.text = str(session.options["text"])
-            return pieces_to_read(session.text)
-        session.text += reply.text
+            return pieces_to_read(str(session.options["text"]))
         found = session.splitter.feed(reply.text)
         return [*found, *session.splitter.finish()] if reply.last else found
 
     def _request(self, session: _Session, found: list[Piece], last: bool) -> dict[str, Array]:
         body = {key: session.options[key] for key in ("voice", "voice_text", "seed")}
         body |= {"id": session.id, "number": session.calls, "pieces": [asdict(piece) for piece in found]}
-        # The language of the first text decides on the voice, where none is named.
-        body |= {"text": session.text, "last": last}
+        # The language of this text decides on the voice, where none is named.
+        body |= {"text": session.options["text"] or session.splitter.opening, "last": last}
         arrays = {name: array if session.calls == 0 else array[:0] for name, array in session.arrays.items()}
         return {"request": json_array(body), **arrays}
 
