@@ -34,27 +34,34 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return v;
 }
 
-// d += a (16 x 16, row major) * b (16 x 8, column major); fragments as the PTX manual gives them for m16n8k16.
+// d += a (16 rows) * b (8 columns) over 32 bytes of K: 16 elements of 16 bits (m16n8k16) or 32 of FP8 (m16n8k32). In both
+// a lane's fragments are the same bytes of a row, so the kernels count K in bytes.
 template <class T>
-__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+#define MING_MMA(shape, kind)                                                                                      \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." kind "." kind                                              \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 template <>
-__device__ __forceinline__ void mma_16816<bfloat_t>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void mma_step<bfloat_t>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MING_MMA("m16n8k16", "bf16");
 }
-
 template <>
-__device__ __forceinline__ void mma_16816<half_t>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void mma_step<half_t>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MING_MMA("m16n8k16", "f16");
 }
+template <>
+__device__ __forceinline__ void mma_step<fp8_t>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  MING_MMA("m16n8k32", "e4m3");
+#else
+  __trap();  // refused before the launch
+#endif
+}
+#undef MING_MMA
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -89,13 +96,13 @@ __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-#define MING_WGMMA_64_128_16(kind)                                                                                  \
+#define MING_WGMMA(shape, kind, tail)                                                                                  \
   asm volatile(                                                                                                     \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." kind "." kind                                                  \
+      "wgmma.mma_async.sync.aligned." shape ".f32." kind "." kind                                                  \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "       \
-      "%64, %65, 1, 1, 1, 0, 0;"                                                                                    \
+      "%64, %65, 1, 1, 1" tail ";"                                                                                    \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),             \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),       \
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),     \
@@ -106,26 +113,30 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])      \
       : "l"(a), "l"(b))
 
-// d += a (64 x 16) * b (16 x 128) for the 128 threads of a warpgroup; a and b are descriptors of shared memory in which
-// a row's 64 elements of K (128 bytes) stand together, with the 128-byte swizzle.
+// d += a (64 rows) * b (128 columns) over 32 bytes of K, for the 128 threads of a warpgroup; a and b are descriptors of
+// shared memory in which 128 bytes of a row's K stand together, with the 128-byte swizzle.
 template <class T>
-__device__ __forceinline__ void wgmma_64_128_16(float (&d)[64], uint64_t a, uint64_t b);
+__device__ __forceinline__ void wgmma_step(float (&d)[64], uint64_t a, uint64_t b);
 template <>
-__device__ __forceinline__ void wgmma_64_128_16<bfloat_t>(float (&d)[64], uint64_t a, uint64_t b) {
-  MING_WGMMA_64_128_16("bf16");
+__device__ __forceinline__ void wgmma_step<bfloat_t>(float (&d)[64], uint64_t a, uint64_t b) {
+  MING_WGMMA("m64n128k16", "bf16", ", 0, 0");
 }
 template <>
-__device__ __forceinline__ void wgmma_64_128_16<half_t>(float (&d)[64], uint64_t a, uint64_t b) {
-  MING_WGMMA_64_128_16("f16");
+__device__ __forceinline__ void wgmma_step<half_t>(float (&d)[64], uint64_t a, uint64_t b) {
+  MING_WGMMA("m64n128k16", "f16", ", 0, 0");
 }
-#undef MING_WGMMA_64_128_16
+template <>
+__device__ __forceinline__ void wgmma_step<fp8_t>(float (&d)[64], uint64_t a, uint64_t b) {
+  MING_WGMMA("m64n128k32", "e4m3", "");
+}
+#undef MING_WGMMA
 #else  // launched for no other chip
 __device__ __forceinline__ void fence_shared_for_wgmma() {}
 __device__ __forceinline__ void wgmma_begin() {}
 __device__ __forceinline__ void wgmma_commit() {}
 __device__ __forceinline__ void wgmma_wait() {}
 template <class T>
-__device__ __forceinline__ void wgmma_64_128_16(float (&)[64], uint64_t, uint64_t) {
+__device__ __forceinline__ void wgmma_step(float (&)[64], uint64_t, uint64_t) {
   __trap();
 }
 #endif
@@ -136,7 +147,7 @@ __device__ __forceinline__ void wgmma_64_128_16(float (&)[64], uint64_t, uint64_
 namespace ming::device {
 
 // Matrix descriptor for wgmma: start address, 1024 bytes between groups of 8 rows, 128-byte swizzle. The tile starts at
-// a multiple of 1024 bytes; 16 elements further along K is 32 bytes further.
+// a multiple of 1024 bytes; a step along K is 32 bytes.
 MING_HD uint64_t wgmma_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) |
          (uint64_t{1} << 62);

@@ -8,6 +8,7 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #define MING_HD __host__ __device__ __forceinline__
 #else
 #define MING_HD inline
@@ -23,6 +24,9 @@ struct half_t {
 };
 struct bfloat_t {
   uint16_t bits;
+};
+struct fp8_t {  // e4m3: no infinities, largest 448
+  uint8_t bits;
 };
 
 MING_HD uint32_t bits_of(float value) {
@@ -63,7 +67,17 @@ MING_HD float to_float(half_t value) {
 #endif
 }
 
-// Rounds to nearest, ties to even.
+MING_HD float to_float(fp8_t value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x80u) << 24;
+  const uint32_t exponent = (value.bits >> 3) & 0xfu;
+  const uint32_t mantissa = value.bits & 7u;
+  if ((value.bits & 0x7fu) == 0x7fu) return float_of(sign | 0x7fc00000u);
+  if (exponent != 0) return float_of(sign | ((exponent + 120) << 23) | (mantissa << 20));
+  const float magnitude = static_cast<float>(mantissa) * 0.001953125f;  // subnormal: units of 2^-9
+  return sign ? -magnitude : magnitude;
+}
+
+// Rounds to nearest, ties to even; fp8 saturates at its largest number.
 template <class T>
 MING_HD T from_float(float value);
 
@@ -99,6 +113,24 @@ MING_HD half_t from_float<half_t>(float value) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+#endif
+}
+
+template <>
+MING_HD fp8_t from_float<fp8_t>(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3)};
+#else
+  const uint32_t bits = bits_of(value);
+  const uint8_t sign = static_cast<uint8_t>((bits >> 24) & 0x80u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7fu)};
+  if (magnitude >= 0x43e00000u) return {static_cast<uint8_t>(sign | 0x7eu)};  // 448 and above
+  if (magnitude < 0x3c800000u) {                                              // below 2^-6: subnormal
+    return {static_cast<uint8_t>(sign | static_cast<uint8_t>(std::nearbyint(float_of(magnitude) * 512.0f)))};
+  }
+  const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+  return {static_cast<uint8_t>(sign | ((rounded - 0x3c000000u) >> 20))};
 #endif
 }
 

@@ -14,6 +14,7 @@ enum Status : int32_t {
   kBadShape = -2,
   kBadAlignment = -3,
   kWorkspaceTooSmall = -4,
+  kNoFp8 = -5,
 };
 
 inline const char* status_text(int32_t status) {
@@ -28,6 +29,8 @@ inline const char* status_text(int32_t status) {
       return "a tensor does not start at a multiple of 16 bytes";
     case kWorkspaceTooSmall:
       return "the workspace is smaller than the *_workspace function says";
+    case kNoFp8:
+      return "FP8 needs a GPU of compute capability 8.9 or newer";
     default:
       return status > 0 ? "a CUDA error: its number is the status" : "unknown status";
   }

@@ -1,14 +1,15 @@
 // A GEMM whose rows fall into runs, each with a matrix of its own: out[row] = a[row] * b[expert of row]^T, in two forms:
 // plain, and SwiGLU, whose output is silu of the product with the upper half of b times the product with its lower half.
 //
-// A block computes a tile of 128 rows by 128 rows of b (in SwiGLU: 64 of gate and the same 64 of up). Tiles of 64
-// elements of K stream through three stages of shared memory by cp.async. A row of a tile is 128 bytes, its eight
-// 16-byte chunks XOR-ed with the row's low bits: free of bank conflicts for ldmatrix, and just the 128-byte swizzle that
+// A block computes a tile of 128 rows by 128 rows of b (in SwiGLU: 64 of gate and the same 64 of up). Tiles of 128
+// bytes of K stream through three stages of shared memory by cp.async. Of a row's 128 bytes, the
+// eight 16-byte chunks are XOR-ed with the row's low bits: free of bank conflicts for ldmatrix, and just the 128-byte swizzle that
 // wgmma reads. So sm_90a multiplies the same shared memory by wgmma, and every other chip by mma.sync.
 #pragma once
 
 #include "device.cuh"
 #include "moe.h"
+#include "scales.cuh"
 
 namespace ming {
 
@@ -28,14 +29,15 @@ struct GemmLaunch {
   int32_t depth;
   int32_t b_rows;           // of one expert
   int32_t out_columns;
+  Scales scales;
 };
 
 constexpr int32_t kTileRows = 128;
 constexpr int32_t kTileColumns = 128;
-constexpr int32_t kTileDepth = 64;
+constexpr int32_t kTileDepthBytes = 128;
 constexpr int32_t kStages = 3;
 constexpr int32_t kGemmThreads = 256;
-constexpr int32_t kTileBytes = kTileRows * kTileDepth * 2;
+constexpr int32_t kTileBytes = kTileRows * kTileDepthBytes;
 constexpr int32_t kGemmSharedBytes = kStages * 2 * kTileBytes;
 static_assert(kTileRows == kTileColumns, "both tiles of a stage are loaded by one function");
 
@@ -58,12 +60,12 @@ __device__ __forceinline__ int32_t tile_column(int32_t r, int32_t up_offset, int
 }
 
 __device__ __forceinline__ int32_t swizzled(int32_t row, int32_t chunk) {
-  return row * (kTileDepth * 2) + ((chunk ^ (row & 7)) << 4);
+  return row * kTileDepthBytes + ((chunk ^ (row & 7)) << 4);
 }
 
 template <class T>
 __device__ __forceinline__ void store_pair(T* out, float first, float second) {
-  struct alignas(4) Pair {
+  struct alignas(2 * sizeof(T)) Pair {
     T value[2];
   };
   *reinterpret_cast<Pair*>(out) = Pair{{from_float<T>(first), from_float<T>(second)}};
@@ -71,8 +73,10 @@ __device__ __forceinline__ void store_pair(T* out, float first, float second) {
 
 }  // namespace detail
 
-template <class T, bool kSwiGlu, bool kWgmma>
-__global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __grid_constant__ GemmLaunch p) {
+// W is the type of a and b, T that of the output. Two blocks fit a multiprocessor of sm_90; the shared memory of sm_80, 89
+// and 120 holds one.
+template <class T, class W, bool kSwiGlu, bool kWgmma>
+__global__ void __launch_bounds__(kGemmThreads, kWgmma ? 2 : 1) grouped_gemm_kernel(const __grid_constant__ GemmLaunch p) {
   MING_DYNAMIC_SHARED(shared);
   if (static_cast<int32_t>(blockIdx.x) >= *p.tile_count) return;
   const GemmTile tile = p.tiles[blockIdx.x];
@@ -81,25 +85,23 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
   const int32_t warp = thread >> 5;
   constexpr int32_t kOutColumns = kSwiGlu ? kTileColumns / 2 : kTileColumns;
   const int32_t first_column = blockIdx.y * kOutColumns;
-  const T* b = static_cast<const T*>(p.b) + static_cast<int64_t>(tile.expert) * p.b_rows * p.depth;
+  constexpr int32_t kChunk = 16 / sizeof(W);
+  constexpr int32_t kTileDepth = kTileDepthBytes / sizeof(W);
+  const W* b = static_cast<const W*>(p.b) + static_cast<int64_t>(tile.expert) * p.b_rows * p.depth;
 
   // Each thread copies chunk `thread % 8` of rows `thread / 8 + 32 * i` of both tiles.
   constexpr int32_t kCopies = kTileRows * 8 / kGemmThreads;
   const int32_t chunk = thread & 7;
   int32_t a_row[kCopies];  // -1: zeros
-  int32_t b_row[kCopies];
 #pragma unroll
   for (int32_t i = 0; i < kCopies; ++i) {
     const int32_t r = (thread >> 3) + i * (kGemmThreads / 8);
     const int32_t row = tile.begin + r;
     a_row[i] = -1;
     if (row < tile.end) a_row[i] = p.gather != nullptr ? p.gather[row] / p.gather_divisor : row;
-    int32_t column;
-    b_row[i] = first_column + detail::tile_column<kSwiGlu, kWgmma>(r, p.out_columns, column);
-    if (first_column + column >= p.out_columns) b_row[i] = -1;
   }
-  const T* a = static_cast<const T*>(p.a);
-  const auto load_chunk = [&](unsigned char* target, const T* matrix, int32_t row, int32_t k) {
+  const W* a = static_cast<const W*>(p.a);
+  const auto load_chunk = [&](unsigned char* target, const W* matrix, int32_t row, int32_t k) {
     const bool valid = row >= 0 && k < p.depth;
     device::copy_async_16(target, valid ? matrix + static_cast<int64_t>(row) * p.depth + k : matrix, valid);
   };
@@ -107,9 +109,13 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
     unsigned char* a_tile = shared + stage * 2 * kTileBytes;
 #pragma unroll
     for (int32_t i = 0; i < kCopies; ++i) {
-      const int32_t target = detail::swizzled((thread >> 3) + i * (kGemmThreads / 8), chunk);
-      load_chunk(a_tile + target, a, a_row[i], k + chunk * 8);
-      load_chunk(a_tile + kTileBytes + target, b, b_row[i], k + chunk * 8);
+      const int32_t r = (thread >> 3) + i * (kGemmThreads / 8);
+      const int32_t target = detail::swizzled(r, chunk);
+      int32_t column;
+      int32_t b_row = first_column + detail::tile_column<kSwiGlu, kWgmma>(r, p.out_columns, column);
+      if (first_column + column >= p.out_columns) b_row = -1;
+      load_chunk(a_tile + target, a, a_row[i], k + chunk * kChunk);
+      load_chunk(a_tile + kTileBytes + target, b, b_row, k + chunk * kChunk);
     }
   };
 
@@ -134,12 +140,12 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
       const int32_t half = warp >> 2;  // a warpgroup multiplies 64 rows by all 128 columns
       if (tile.begin + half * 64 < tile.end) {
         device::wgmma_begin();
-        const uint32_t a_address = device::shared_address(a_tile + half * 64 * kTileDepth * 2);
+        const uint32_t a_address = device::shared_address(a_tile + half * 64 * kTileDepthBytes);
         const uint32_t b_address = device::shared_address(b_tile);
 #pragma unroll
-        for (int32_t k = 0; k < kTileDepth / 16; ++k) {
-          device::wgmma_64_128_16<T>(sum, device::wgmma_descriptor(a_address + k * 32),
-                                     device::wgmma_descriptor(b_address + k * 32));
+        for (int32_t k = 0; k < kTileDepthBytes / 32; ++k) {
+          device::wgmma_step<W>(sum, device::wgmma_descriptor(a_address + k * 32),
+                                device::wgmma_descriptor(b_address + k * 32));
         }
         device::wgmma_commit();
         device::wgmma_wait();
@@ -147,8 +153,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
     } else {
       const int32_t row0 = (warp >> 2) * 64;  // a warp multiplies 64 rows by 32 columns
       const int32_t column0 = (warp & 3) * 32;
-#pragma unroll
-      for (int32_t k = 0; k < kTileDepth / 16; ++k) {
+      constexpr int32_t kUnroll = sizeof(W) == 1 ? 1 : kTileDepthBytes / 32;  // FP8 products may be taken apart
+#pragma unroll kUnroll
+      for (int32_t k = 0; k < kTileDepthBytes / 32; ++k) {
         uint32_t b_part[2][4];
 #pragma unroll
         for (int32_t n = 0; n < 2; ++n) {  // matrices: columns 0-7 low k, high k, columns 8-15 low k, high k
@@ -163,7 +170,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
 #pragma unroll
           for (int32_t n = 0; n < 4; ++n) {
             float(&part)[4] = *reinterpret_cast<float(*)[4]>(&sum[(m * 4 + n) * 4]);
-            device::mma_16816<T>(part, a_part, b_part[n >> 1][(n & 1) * 2], b_part[n >> 1][(n & 1) * 2 + 1]);
+            device::mma_step<W>(part, a_part, b_part[n >> 1][(n & 1) * 2], b_part[n >> 1][(n & 1) * 2 + 1]);
           }
         }
       }
@@ -173,10 +180,23 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
   // Register (n, i) holds row i / 2 * 8 + lane / 4 and column 8 n + 2 (lane % 4) + i % 2 of a block of accumulators.
   const int32_t inner_row = lane >> 2;
   const int32_t inner_column = (lane & 3) * 2;
+  const int64_t b_first = static_cast<int64_t>(tile.expert) * p.b_rows;
   const auto store = [&](int32_t row, int32_t column, float first, float second) {
-    if (row < tile.end && column < p.out_columns) {
-      detail::store_pair(static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.out_columns + column, first, second);
+    if (row >= tile.end || column >= p.out_columns) return;
+    first *= p.scales.down<W>(b_first + column);
+    second *= p.scales.down<W>(b_first + column + 1);
+    detail::store_pair(static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.out_columns + column, first, second);
+  };
+  const auto store_swiglu = [&](int32_t row, int32_t column, const float* gate, const float* up) {
+    if (row >= tile.end || column >= p.out_columns) return;
+    float inner[2];
+#pragma unroll
+    for (int32_t e = 0; e < 2; ++e) {
+      const int64_t at = b_first + column + e;
+      inner[e] = silu(gate[e] * p.scales.gate_up<W>(at)) * (up[e] * p.scales.gate_up<W>(at + p.out_columns)) *
+                 p.scales.to_inner<W>();
     }
+    detail::store_pair(static_cast<W*>(p.out) + static_cast<int64_t>(row) * p.out_columns + column, inner[0], inner[1]);
   };
   if constexpr (kWgmma) {
     const int32_t row = tile.begin + warp * 16 + inner_row;
@@ -187,7 +207,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
         const int32_t at = n * 4 + i * 2;
         const int32_t column = first_column + n * 8 + inner_column;
         if (kSwiGlu) {
-          store(row + i * 8, column, silu(sum[at]) * sum[32 + at], silu(sum[at + 1]) * sum[33 + at]);
+          store_swiglu(row + i * 8, column, &sum[at], &sum[32 + at]);
         } else {
           store(row + i * 8, column, sum[at], sum[at + 1]);
         }
@@ -204,7 +224,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
           const int32_t at = (m * 4 + n) * 4 + i * 2;
           const int32_t column = first_column + (warp & 3) * (kOutColumns / 4) + n * 8 + inner_column;
           if (kSwiGlu) {
-            store(row + i * 8, column, silu(sum[at]) * sum[8 + at], silu(sum[at + 1]) * sum[9 + at]);
+            store_swiglu(row + i * 8, column, &sum[at], &sum[8 + at]);
           } else {
             store(row + i * 8, column, sum[at], sum[at + 1]);
           }
@@ -215,9 +235,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2) grouped_gemm_kernel(const __g
 }
 
 // `most_tiles` is an upper bound of *tile_count, known without reading the device.
-template <class T, bool kSwiGlu, bool kWgmma>
+template <class T, class W, bool kSwiGlu, bool kWgmma>
 int32_t launch_gemm(const GemmLaunch& launch, int32_t most_tiles, cudaStream_t stream) {
-  const auto kernel = grouped_gemm_kernel<T, kSwiGlu, kWgmma>;
+  const auto kernel = grouped_gemm_kernel<T, W, kSwiGlu, kWgmma>;
   const auto status = static_cast<int32_t>(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGemmSharedBytes));
   if (status != 0) return status;

@@ -11,13 +11,18 @@ namespace ming {
 constexpr int32_t kMaxExperts = 256;
 constexpr int32_t kMaxTopK = 16;
 constexpr int32_t kMaxDecodeTokens = 16;  // up to here the decode kernels run
-constexpr int32_t kRowMultiple = 8;       // hidden and width: rows of weights start at multiples of 16 bytes
+// Rows of weights start at multiples of 16 bytes, so hidden and width are multiples of this.
+constexpr int32_t row_multiple(bool fp8) { return fp8 ? 16 : 8; }
 
 enum MoePath : int32_t { kAutomatic = 0, kDecode = 1, kPrefill = 2, kPrefillPortable = 3 };
 
 // One call. `dtype` is that of all floating tensors. x, addend, y [tokens, hidden]; logits [tokens, routers * experts];
 // modality [tokens] (null if routers is 1); gate_up [experts, 2 * width, hidden] (rows of gate, then of up);
 // down [experts, hidden, width]; addend may be null.
+//
+// With `fp8`, gate_up and down hold e4m3 numbers w with gate_up_scale float32 [experts, 2 * width] and down_scale float32
+// [experts, hidden], one per output: the weight is w * scale. x and the inner activation are rounded to e4m3 too, in units
+// of x_scale and inner_scale. Products are summed in float32 and scaled then.
 struct MoeCall {
   const void* x;
   const void* logits;
@@ -33,6 +38,10 @@ struct MoeCall {
   int32_t modality_bytes;
   int32_t dtype;
   int32_t path;  // MoePath
+  int32_t fp8;
+  float x_scale, inner_scale;
+  const float* gate_up_scale;
+  const float* down_scale;
 };
 
 // The router of a modality code, as the reference chooses it: 2 audio, 1 image, anything else text.

@@ -35,35 +35,44 @@ void route_token(const MoeCall& c, int64_t token, int32_t* experts, float* weigh
   for (int32_t k = 0; c.normalize && k < c.top_k; ++k) weights[k] /= total;
 }
 
-template <class T>
+// W is the type of the operands of the products: T, or fp8_t.
+template <class T, class W>
 int32_t forward(const MoeCall& c) {
   const T* x = static_cast<const T*>(c.x);
-  const T* gate_up = static_cast<const T*>(c.gate_up);
-  const T* down = static_cast<const T*>(c.down);
+  const W* gate_up = static_cast<const W*>(c.gate_up);
+  const W* down = static_cast<const W*>(c.down);
+  const bool fp8 = c.fp8 != 0;
+  std::vector<float> input(c.hidden);
   std::vector<float> inner(c.width);
   std::vector<float> sum(c.hidden);
-  const auto dot = [](const T* row, const auto& value, int32_t count) {
+  const auto dot = [](const W* row, const std::vector<float>& value) {
     double total = 0;
-    for (int32_t i = 0; i < count; ++i) total += static_cast<double>(to_float(row[i])) * value(i);
+    for (size_t i = 0; i < value.size(); ++i) total += static_cast<double>(to_float(row[i])) * value[i];
     return static_cast<float>(total);
   };
+  const auto unit = [&](float scale, const float* rows, int64_t row) { return fp8 ? scale * rows[row] : 1.0f; };
   for (int64_t token = 0; token < c.tokens; ++token) {
     int32_t experts[kMaxTopK];
     float weights[kMaxTopK];
     route_token<T>(c, token, experts, weights);
-    const T* row = x + token * c.hidden;
+    for (int32_t i = 0; i < c.hidden; ++i) {
+      const float value = to_float(x[token * c.hidden + i]);
+      input[i] = fp8 ? to_float(from_float<W>(value * (1.0f / c.x_scale))) : value;
+    }
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int32_t k = 0; k < c.top_k; ++k) {
-      const T* expert = gate_up + int64_t{experts[k]} * 2 * c.width * c.hidden;
-      const auto input = [&](int32_t i) { return static_cast<double>(to_float(row[i])); };
+      const int64_t first = int64_t{experts[k]} * 2 * c.width;
+      const W* expert = gate_up + first * c.hidden;
       for (int32_t i = 0; i < c.width; ++i) {
-        const float gate = dot(expert + int64_t{i} * c.hidden, input, c.hidden);
-        const float up = dot(expert + int64_t{c.width + i} * c.hidden, input, c.hidden);
-        inner[i] = to_float(from_float<T>(silu(gate) * up));
+        const float gate = dot(expert + int64_t{i} * c.hidden, input) * unit(c.x_scale, c.gate_up_scale, first + i);
+        const float up = dot(expert + int64_t{c.width + i} * c.hidden, input) *
+                         unit(c.x_scale, c.gate_up_scale, first + c.width + i);
+        inner[i] = to_float(from_float<W>(silu(gate) * up * (fp8 ? 1.0f / c.inner_scale : 1.0f)));
       }
-      const T* out = down + int64_t{experts[k]} * c.hidden * c.width;
-      const auto middle = [&](int32_t i) { return static_cast<double>(inner[i]); };
-      for (int32_t i = 0; i < c.hidden; ++i) sum[i] += weights[k] * dot(out + int64_t{i} * c.width, middle, c.width);
+      const int64_t row = int64_t{experts[k]} * c.hidden;
+      for (int32_t i = 0; i < c.hidden; ++i) {
+        sum[i] += weights[k] * (dot(down + (row + i) * c.width, inner) * unit(c.inner_scale, c.down_scale, row + i));
+      }
     }
     for (int32_t i = 0; i < c.hidden; ++i) {
       T result = from_float<T>(sum[i]);
@@ -97,11 +106,11 @@ int32_t ming_moe_host(const MoeCall* call) {
   if (!sizes_fit(*call)) return kBadShape;
   switch (call->dtype) {
     case kFloat32:
-      return forward<float>(*call);
+      return call->fp8 ? forward<float, fp8_t>(*call) : forward<float, float>(*call);
     case kFloat16:
-      return forward<half_t>(*call);
+      return call->fp8 ? forward<half_t, fp8_t>(*call) : forward<half_t, half_t>(*call);
     case kBFloat16:
-      return forward<bfloat_t>(*call);
+      return call->fp8 ? forward<bfloat_t, fp8_t>(*call) : forward<bfloat_t, bfloat_t>(*call);
     default:
       return kBadDtype;
   }

@@ -70,7 +70,7 @@ class SparseMoE final : public Plugin<SparseMoE> {
                        in[0].desc.dims.d[1] == down.d[1] && in[1].desc.dims.d[1] == routers * down.d[0];
     if (!agree || workspace(1, down) < 0) {
       log_error("SparseMoE: the shapes of x, logits, gate_up and down do not agree, H or I is no multiple of " +
-                std::to_string(kRowMultiple) + ", or there are more than " + std::to_string(kMaxExperts) + " experts");
+                std::to_string(row_multiple(false)) + ", or there are more than " + std::to_string(kMaxExperts) + " experts");
       return 1;
     }
     return 0;

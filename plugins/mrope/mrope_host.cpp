@@ -100,10 +100,12 @@ int32_t ming_frequencies_host(const int32_t* axes, int32_t frequencies, float th
   return kOk;
 }
 
-// The conversions of numeric.h, so that a test can walk through every value.
+// The conversions of numeric.h, so that a test can walk through every value; dtype 3 is fp8.
 void ming_round_host(const float* values, int64_t count, int32_t dtype, float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = dtype == kFloat16 ? to_float(from_float<half_t>(values[i])) : to_float(from_float<bfloat_t>(values[i]));
+    out[i] = dtype == kFloat16    ? to_float(from_float<half_t>(values[i]))
+             : dtype == kBFloat16 ? to_float(from_float<bfloat_t>(values[i]))
+                                  : to_float(from_float<fp8_t>(values[i]));
   }
 }
 

@@ -22,8 +22,12 @@ needs_gpu = pytest.mark.skipif(bool(REASON), reason=REASON)
 _FEATURED = {(9, 0): "90a", (10, 0): "100a", (12, 0): "120a"}
 
 
+def capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
 def architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability()
     return _FEATURED.get((major, minor), f"{major}{minor}")
 
 

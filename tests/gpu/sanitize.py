@@ -42,6 +42,10 @@ def main() -> None:
             )
             moe.run(gpu.library("moe"), path, gpu.stream())
             gpu.finish()
+            if gpu.capability() >= (8, 9):
+                moe = calls.random_moe(tokens, 272, 80, 70, 4, seed=tokens, device="cuda").in_fp8()
+                moe.run(gpu.library("moe"), path, gpu.stream())
+                gpu.finish()
     print("all kernels ran")
 
 

@@ -25,9 +25,7 @@ def run(moe: calls.Moe, path: int = binding.AUTOMATIC) -> torch.Tensor:
 
 
 def assert_close(y: torch.Tensor, moe: calls.Moe) -> None:
-    expected = reference.sparse_moe(
-        moe.x, moe.logits, moe.modality, moe.gate_up, moe.down, moe.top_k, moe.normalize, moe.addend
-    )
+    expected = moe.expected()
     assert calls.relative_error(y, expected) < TOLERANCE[moe.x.dtype]
     # And row by row: one wrong token in thousands is lost in the norm of all.
     rows = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -52,6 +50,20 @@ def test_random_shapes(path: str, seed: int) -> None:
 def test_official_size(tokens: int) -> None:
     moe = calls.random_moe(tokens, **OFFICIAL, seed=tokens, device="cuda", modality=True)
     assert_close(run(moe), moe)
+
+
+@pytest.mark.skipif(gpu.REASON == "" and gpu.capability() < (8, 9), reason="this GPU has no FP8 products")
+@pytest.mark.parametrize("path", sorted(PATHS))
+@pytest.mark.parametrize("tokens", [1, 7, 16, 300])
+def test_fp8(path: str, tokens: int) -> None:
+    """Against float64 with the same roundings to FP8; and no further from the layer without FP8 than they explain."""
+    if path == "decode" and tokens > 16:
+        pytest.skip("decode takes up to 16 tokens")
+    moe = calls.random_moe(tokens, **OFFICIAL, seed=tokens, device="cuda", modality=True)
+    rounded = moe.in_fp8()
+    y = run(rounded, PATHS[path])
+    assert_close(y, rounded)
+    assert calls.relative_error(y, moe.expected()) < 0.06
 
 
 @pytest.mark.parametrize("tokens", [300, 2048])

@@ -21,7 +21,7 @@ PLUGINS = ROOT / "plugins"
 EMULATION = Path(__file__).parent / "cuda_emulation.h"
 CACHE = ROOT / ".pytest_cache" / "kernels"
 
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = 0, 1, 2, 3
 AUTOMATIC, DECODE, PREFILL, PREFILL_PORTABLE = 0, 1, 2, 3
 MAX_DECODE_TOKENS = 16
 INCLUDES = [f"-I{PLUGINS / name}" for name in ("common", "mrope", "moe")]
@@ -61,6 +61,11 @@ class MoeCall(ctypes.Structure):
         ("modality_bytes", c_int32),
         ("dtype", c_int32),
         ("path", c_int32),
+        ("fp8", c_int32),
+        ("x_scale", c_float),
+        ("inner_scale", c_float),
+        ("gate_up_scale", c_void_p),
+        ("down_scale", c_void_p),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from tests.plugins import binding
+from tests.plugins import binding, reference
 
 DTYPES = {torch.float32: binding.FLOAT32, torch.float16: binding.FLOAT16, torch.bfloat16: binding.BFLOAT16}
 # Half of the spacing of a type's numbers at 1: what one rounding may cost, relatively.
@@ -80,6 +80,25 @@ class Moe:
     normalize: bool
     modality: torch.Tensor | None = None
     addend: torch.Tensor | None = None
+    # FP8: gate_up and down are torch.float8_e4m3fn then; scales float32, per output and per tensor.
+    gate_up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+    x_scale: float = 0.0
+    inner_scale: float = 0.0
+
+    def in_fp8(self) -> Moe:
+        """The same layer with its weights rounded to FP8 per output, and activations per tensor."""
+        rounded = []
+        for weight in (self.gate_up, self.down):
+            scale = weight.float().abs().amax(-1).clamp(min=1e-12) / 448
+            rounded.append(((weight.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale))
+        (gate_up, gate_up_scale), (down, down_scale) = rounded
+        x_scale = float(self.x.abs().max()) / 448
+        # An inner activation is a product of two numbers of size 1 at most times a few: saturation shows in the error.
+        return replace(
+            self, gate_up=gate_up, down=down, gate_up_scale=gate_up_scale, down_scale=down_scale, x_scale=x_scale,
+            inner_scale=24 / 448,
+        )  # fmt: skip
 
     def call(self, y: torch.Tensor, workspace: torch.Tensor | None, path: int) -> binding.MoeCall:
         return binding.MoeCall(
@@ -89,8 +108,32 @@ class Moe:
             0 if workspace is None else workspace.numel(), self.x.shape[0],
             self.x.shape[1], self.down.shape[2], self.down.shape[0], self.top_k, 1 if self.modality is None else 3,
             int(self.normalize), 0 if self.modality is None else self.modality.element_size(),
-            DTYPES[self.x.dtype], path,
+            DTYPES[self.x.dtype], path, int(self.gate_up_scale is not None), self.x_scale, self.inner_scale,
+            None if self.gate_up_scale is None else self.gate_up_scale.data_ptr(),
+            None if self.down_scale is None else self.down_scale.data_ptr(),
         )  # fmt: skip
+
+    def expected(self) -> torch.Tensor:
+        """Float64; of FP8, with the same roundings of activations."""
+        weights = [self.gate_up.double(), self.down.double()]
+        rounding = None
+        if self.gate_up_scale is not None and self.down_scale is not None:
+            weights = [
+                w * s.double().unsqueeze(-1)
+                for w, s in zip(weights, (self.gate_up_scale, self.down_scale), strict=True)
+            ]
+            rounding = (self.x_scale, self.inner_scale)
+        return reference.sparse_moe(
+            self.x,
+            self.logits,
+            self.modality,
+            weights[0],
+            weights[1],
+            self.top_k,
+            self.normalize,
+            self.addend,
+            rounding,
+        )
 
     def run(self, library: ctypes.CDLL, path: int = binding.AUTOMATIC, stream: int | None = None) -> torch.Tensor:
         """y, from a poisoned output and a poisoned workspace."""

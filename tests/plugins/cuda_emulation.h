@@ -265,13 +265,14 @@ inline uint4 load_streaming(const void* source) {
   return *static_cast<const uint4*>(source);
 }
 
+// Element `which` of a 32-bit word of T.
 template <class T>
 float element(uint32_t word, int which) {
-  return to_float(T{static_cast<uint16_t>(word >> (16 * which))});
+  return to_float(T{static_cast<decltype(T::bits)>(word >> (8 * sizeof(T) * which))});
 }
 
 template <class T>
-void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Argument {
     float* d;
     const uint32_t* a;
@@ -279,21 +280,25 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) 
   } argument{d, a, {b0, b1}};
   meet_warp(&argument, [](std::vector<void*>& all) {
     const auto lane = [&](int i) { return static_cast<Argument*>(all[i]); };
-    float a_full[16][16], b_full[16][8];
+    constexpr int kIn = 4 / sizeof(T);  // elements in a word
+    constexpr int kDepth = 8 * kIn;
+    float a_full[16][kDepth], b_full[kDepth][8];
     for (int i = 0; i < 32; ++i) {
       for (int word = 0; word < 4; ++word) {
-        for (int e = 0; e < 2; ++e) {
-          a_full[i / 4 + (word & 1) * 8][i % 4 * 2 + e + (word >> 1) * 8] = element<T>(lane(i)->a[word], e);
+        for (int e = 0; e < kIn; ++e) {
+          a_full[i / 4 + (word & 1) * 8][i % 4 * kIn + e + (word >> 1) * kDepth / 2] = element<T>(lane(i)->a[word], e);
         }
       }
       for (int word = 0; word < 2; ++word) {
-        for (int e = 0; e < 2; ++e) b_full[i % 4 * 2 + e + word * 8][i / 4] = element<T>(lane(i)->b[word], e);
+        for (int e = 0; e < kIn; ++e) {
+          b_full[i % 4 * kIn + e + word * kDepth / 2][i / 4] = element<T>(lane(i)->b[word], e);
+        }
       }
     }
     for (int i = 0; i < 32; ++i) {
       for (int r = 0; r < 4; ++r) {
         double sum = 0;
-        for (int k = 0; k < 16; ++k) {
+        for (int k = 0; k < kDepth; ++k) {
           sum += static_cast<double>(a_full[i / 4 + (r >> 1) * 8][k]) * b_full[k][i % 4 * 2 + (r & 1)];
         }
         lane(i)->d[r] = static_cast<float>(lane(i)->d[r] + sum);
@@ -368,7 +373,7 @@ float described(uint64_t descriptor, int row, int k) {
   if (descriptor >> 62 != 1) emulation::fail("a wgmma descriptor without the 128-byte swizzle");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t apart = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  uint32_t address = start + row / 8 * apart + row % 8 * 128 + k * 2;
+  uint32_t address = start + row / 8 * apart + row % 8 * 128 + k * sizeof(T);
   address ^= (address >> 7 & 7) << 4;
   T value;
   std::memcpy(&value, emulation::machine().shared + address, sizeof value);
@@ -376,7 +381,7 @@ float described(uint64_t descriptor, int row, int k) {
 }
 
 template <class T>
-void wgmma_64_128_16(float (&d)[64], uint64_t a, uint64_t b) {
+void wgmma_step(float (&d)[64], uint64_t a, uint64_t b) {
   struct Argument {
     float* d;
     uint64_t a, b;
@@ -384,12 +389,13 @@ void wgmma_64_128_16(float (&d)[64], uint64_t a, uint64_t b) {
   auto& m = emulation::machine();
   emulation::meet(m.warpgroups[threadIdx.x / 128], 128, threadIdx.x % 128, &argument, [](std::vector<void*>& all) {
     const auto lane = [&](int i) { return static_cast<Argument*>(all[i]); };
-    std::vector<float> a_full(64 * 16), b_full(128 * 16);
+    constexpr int kDepth = 32 / sizeof(T);
+    std::vector<float> a_full(64 * kDepth), b_full(128 * kDepth);
     for (int r = 0; r < 64; ++r) {
-      for (int k = 0; k < 16; ++k) a_full[r * 16 + k] = described<T>(lane(0)->a, r, k);
+      for (int k = 0; k < kDepth; ++k) a_full[r * kDepth + k] = described<T>(lane(0)->a, r, k);
     }
     for (int r = 0; r < 128; ++r) {
-      for (int k = 0; k < 16; ++k) b_full[r * 16 + k] = described<T>(lane(0)->b, r, k);
+      for (int k = 0; k < kDepth; ++k) b_full[r * kDepth + k] = described<T>(lane(0)->b, r, k);
     }
     for (int i = 0; i < 128; ++i) {
       if (lane(i)->a != lane(0)->a || lane(i)->b != lane(0)->b) emulation::fail("descriptors differ in a warpgroup");
@@ -397,7 +403,7 @@ void wgmma_64_128_16(float (&d)[64], uint64_t a, uint64_t b) {
         const int row = i / 32 * 16 + i % 32 / 4 + (at >> 1 & 1) * 8;
         const int column = at / 4 * 8 + i % 4 * 2 + (at & 1);
         double sum = 0;
-        for (int k = 0; k < 16; ++k) sum += static_cast<double>(a_full[row * 16 + k]) * b_full[column * 16 + k];
+        for (int k = 0; k < kDepth; ++k) sum += static_cast<double>(a_full[row * kDepth + k]) * b_full[column * kDepth + k];
         lane(i)->d[at] = static_cast<float>(lane(i)->d[at] + sum);
       }
     }

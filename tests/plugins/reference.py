@@ -58,13 +58,22 @@ def sparse_moe(
     top_k: int,
     normalize: bool,
     addend: torch.Tensor | None = None,
+    rounding: tuple[float, float] | None = None,
 ) -> torch.Tensor:
-    """Float64 [N, H]; nothing is rounded on the way."""
+    """Float64 [N, H]. Nothing is rounded on the way, but with `rounding` x and the inner activations, to FP8 in these
+    units."""
+
+    def rounded(value: torch.Tensor, which: int) -> torch.Tensor:
+        if rounding is None:
+            return value
+        units = value * float(torch.tensor(1.0) / torch.tensor(rounding[which]))  # float32, as the kernels do
+        return units.float().clamp(-448, 448).to(torch.float8_e4m3fn).double() * rounding[which]
+
     expert, weight = route(chosen_logits(logits, modality), top_k, normalize)
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for e in expert.unique().tolist():
         token, place = (expert == e).nonzero(as_tuple=True)
-        gate, up = (x[token].double() @ gate_up[e].double().T).chunk(2, dim=-1)
-        out = (torch.nn.functional.silu(gate) * up) @ down[e].double().T
+        gate, up = (rounded(x[token].double(), 0) @ gate_up[e].double().T).chunk(2, dim=-1)
+        out = rounded(torch.nn.functional.silu(gate) * up, 1) @ down[e].double().T
         total.index_add_(0, token, out * weight[token, place].unsqueeze(-1))
     return total if addend is None else total + addend.double()

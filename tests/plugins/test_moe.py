@@ -15,16 +15,10 @@ from tests.plugins import binding, calls, reference
 # to it is the inner activation, in prefill an expert's output, and the result (twice, if something is added).
 TOLERANCE = {torch.float32: 2e-6} | {t: 3 * calls.ROUNDING[t] for t in (torch.float16, torch.bfloat16)}
 PATHS = {
-    "decode": (binding.DECODE, (8, 0)),
-    "prefill": (binding.PREFILL, (8, 0)),
+    "decode": (binding.DECODE, (8, 9)),
+    "prefill": (binding.PREFILL, (8, 9)),
     "prefill-wgmma": (binding.PREFILL, (9, 0)),
 }
-
-
-def expected(moe: calls.Moe) -> torch.Tensor:
-    return reference.sparse_moe(
-        moe.x, moe.logits, moe.modality, moe.gate_up, moe.down, moe.top_k, moe.normalize, moe.addend
-    )
 
 
 def run_host(moe: calls.Moe) -> torch.Tensor:
@@ -44,7 +38,7 @@ def run_emulated(moe: calls.Moe, path: str) -> torch.Tensor:
 
 
 def assert_close(y: torch.Tensor, moe: calls.Moe) -> None:
-    assert calls.relative_error(y, expected(moe)) < TOLERANCE[moe.x.dtype]
+    assert calls.relative_error(y, moe.expected()) < TOLERANCE[moe.x.dtype]
 
 
 @settings(max_examples=40, deadline=None)
@@ -127,6 +121,21 @@ def test_prefill_kernels(
     assert_close(run_emulated(moe, path), moe)
 
 
+@pytest.mark.parametrize("run", ["host", *sorted(PATHS)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "experts", "top_k"),
+    [(5, 144, 80, 6, 2), (13, 272, 176, 3, 2)],  # two steps over the depth of a tile of 128; ragged everywhere
+)
+def test_fp8(run: str, tokens: int, hidden: int, width: int, experts: int, top_k: int) -> None:
+    """Against float64 with the same roundings to FP8. Against the layer without FP8 the error is larger, and as small
+    as FP8 allows: three roundings of 2^-4 at most, a third of it typically."""
+    moe = calls.random_moe(tokens, hidden, width, experts, top_k, seed=tokens, modality=True, addend=True)
+    rounded = moe.in_fp8()
+    y = run_host(rounded) if run == "host" else run_emulated(rounded, run)
+    assert_close(y, rounded)
+    assert 1e-3 < calls.relative_error(y, moe.expected()) < 0.06
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**30),
@@ -188,6 +197,7 @@ def test_all_tokens_at_one_expert_and_a_repeated_run_is_equal() -> None:
         ("dtype", binding.FLOAT32, -1),
         ("workspace_bytes", 10, -4),
         ("path", 9, -2),
+        ("fp8", 1, -2),  # no scales given
     ],
 )
 def test_calls_out_of_range_are_refused(field: str, value: int, status: int) -> None:
@@ -198,6 +208,14 @@ def test_calls_out_of_range_are_refused(field: str, value: int, status: int) -> 
     setattr(call, field, value)
     assert library.ming_moe(ctypes.byref(call), None) == status
     assert binding.emulated_library("mrope").ming_status_text(status) != b"unknown status"
+
+
+def test_fp8_is_refused_on_older_chips() -> None:
+    moe = calls.random_moe(2, 64, 16, 4, 2, seed=1).in_fp8()
+    library = binding.emulated_library("moe")
+    library.ming_emulation_capability(8, 0)
+    workspace = torch.empty(library.ming_moe_workspace(2, 64, 16, 4, 2), dtype=torch.uint8)
+    assert library.ming_moe(ctypes.byref(moe.call(moe.x, workspace, binding.AUTOMATIC)), None) == -5
 
 
 def test_misaligned_tensor_is_refused() -> None:
