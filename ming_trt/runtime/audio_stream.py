@@ -16,7 +16,6 @@ from ming_trt.runtime.detokenizer import Detokenizer, Floats, FlowState, Vocoder
 
 STEPS_IN_CHUNKS = (1, 1, 2, 4)
 """Steps of the audio in the flow's chunks, the last again and again: the first must come soon, large ones cost less."""
-_FIRST_CHUNKS = 8  # frames that there is room for at first, in chunks
 OVERLAP = 8
 """Frames that the official streaming keeps."""
 
@@ -89,13 +88,17 @@ class SeamlessStream:
         """The flow's next part of `count` codes: always one chunk but for the last, so that no number depends on how
         the codes arrived."""
         if self._state is None:
-            self._state = self._d.state(_FIRST_CHUNKS * self._d.chunk, parts=True)
+            self._state = self._d.state(self._next_whole(self._prompt + 1), parts=True)
         start = self._state.length
-        self._state.reserve(start + count)
+        self._state.reserve(self._next_whole(start + count), spare=self._d.chunk)
         codes = np.array(self._codes[start : start + count + self._d.look_ahead], np.int64)
         mel = self._d.extend(self._state, self._voice, codes[:count], codes[count:], chunked=True)
         self._append(mel[:, max(0, self._prompt - start) :])
         self._follow_pitch(final=False)
+
+    def _next_whole(self, frames: int) -> int:
+        """`frames`, filled up to whole chunks."""
+        return -(-frames // self._d.chunk) * self._d.chunk
 
     def _append(self, mel: Floats) -> None:
         self._mel = np.concatenate([self._mel, mel], axis=1)

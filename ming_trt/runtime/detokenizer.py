@@ -86,13 +86,13 @@ class FlowState:
         """Frames that there is room for."""
         return self.encoder.capacity
 
-    def reserve(self, frames: int) -> None:
-        """Makes room for `frames` in all, by doubling."""
-        capacity = self.capacity
-        while capacity < frames:
-            capacity *= 2
+    def reserve(self, frames: int, spare: int = 0) -> None:
+        """Makes room for `frames` in all, and for `spare` more if there is none yet. A run takes time for all the room
+        that there is, so little is better than doubling."""
+        if frames <= self.capacity:
+            return
         for caches in (self.encoder, *self.steps):
-            caches.grow(capacity)
+            caches.grow(frames + spare)
 
 
 @dataclass(frozen=True, slots=True)
