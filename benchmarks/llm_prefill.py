@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from harness import Row, against, arguments, cores, finish, interleave, measure_ceiling
-from llm_step import OurStep, agree, step_inputs, torch_peers
+from llm_step import OurStep, difference, load_torch, step_inputs, torch_peers
 from random_model import config, engine_file
 
 from builders.llm import LLM
@@ -19,7 +19,8 @@ from ming_trt.models.cost import llm_step
 # weights in 8 bits; weights, and activations of the dense layers as well
 FORMS = {"int8 weights": False, "int8 weights and activations": True}
 GOAL = 1.0
-CLOSE = 0.1
+# Relative error of the logits on random weights, above which two candidates do not compute the same thing.
+CLOSE = 0.3
 
 
 def main() -> None:
@@ -32,15 +33,16 @@ def main() -> None:
     runs: dict[str, list[tuple[float, Any, list[str], float]]] = {name: [] for name in FORMS}
     for dtype in (torch.bfloat16, torch.float32):
         steps = {name: engine.step(arrays) for name, engine in ours.items()}
-        peers = torch_peers(model.llm, arrays, dtype, False, threads)
-        errors = {name: agree(step, next(iter(peers.values()))) for name, step in steps.items()}
+        module = load_torch(model.llm, dtype)
+        peers = torch_peers(module, arrays, dtype, False, threads)
+        errors = {name: difference(engine, module, dtype) for name, engine in ours.items()}
         if max(errors.values()) > CLOSE:
             raise SystemExit(f"ours and torch differ by {errors}: they do not compute the same")
         times = interleave({**steps, **peers}, options.seconds / 2, repeats=1, warmup=1)
         for name in FORMS:
             best = min(times[peer].median for peer in peers)
             runs[name].append((best / times[name].median, times, list(peers), errors[name]))
-        del peers
+        del peers, module
         gc.collect()
     flops = llm_step(model.llm, tokens).flops
     rows: list[Row] = []

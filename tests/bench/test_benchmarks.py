@@ -118,12 +118,15 @@ def test_our_engine_and_torch_agree(scripts: Any, tmp_path: Path, monkeypatch: p
     model = random_model.config(tiny=True)
     file = random_model.engine_file(LLM(), model, "int8")
     assert random_model.engine_file(LLM(), model, "int8") == file
-    arrays = llm_step.step_inputs(model.llm, 1, 16, 1, 32)
-    ours = llm_step.OurStep(file, 1).step(arrays)
-    peers = llm_step.torch_peers(model.llm, arrays, torch.float32, False, 1)
+    ours, module = llm_step.OurStep(file, 1), llm_step.load_torch(model.llm, torch.float32)
     # 8-bit weights on random matrices: a few percent; other weights would give an error of 1.4
-    assert llm_step.agree(ours, peers["torch eager float32"]) < 0.1
-    assert np.isfinite(np.asarray(ours()["logits"])).all()
+    assert llm_step.difference(ours, module, torch.float32) < 0.1
+    arrays = llm_step.step_inputs(model.llm, 1, 16, 1, 32)
+    peers = llm_step.torch_peers(module, arrays, torch.float32, False, 1)
+    for step in (ours.step(arrays), *peers.values()):
+        result = step()
+        logits = result["logits"] if isinstance(result, dict) else result
+        assert np.isfinite(np.asarray(logits)).all() and np.asarray(logits).shape == (1, 1, model.llm.vocab_size)
 
 
 def test_page_of_results(scripts: Any) -> None:
