@@ -170,7 +170,7 @@ def _run(job: Path, log: Path, progress: Path, timeout: float, report: Callable[
         try:
             while True:
                 try:
-                    return child.wait(_POLL_SECONDS)
+                    return child.wait(min(_POLL_SECONDS, timeout or _POLL_SECONDS))
                 except subprocess.TimeoutExpired:
                     if timeout and time.monotonic() - started > timeout:
                         raise BuildError(
