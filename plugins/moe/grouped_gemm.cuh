@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kGemmThreads, kWgmma ? 2 : 1) grouped_gemm_ker
     } else {
       const int32_t row0 = (warp >> 2) * 64;  // a warp multiplies 64 rows by 32 columns
       const int32_t column0 = (warp & 3) * 32;
-      constexpr int32_t kUnroll = sizeof(W) == 1 ? 1 : kTileDepthBytes / 32;  // FP8 products may be taken apart
+      // FP8 products may be taken apart (see decode.cuh): unrolled, they spill.
+      [[maybe_unused]] constexpr int32_t kUnroll = sizeof(W) == 1 ? 1 : kTileDepthBytes / 32;
 #pragma unroll kUnroll
       for (int32_t k = 0; k < kTileDepthBytes / 32; ++k) {
         uint32_t b_part[2][4];

@@ -115,7 +115,7 @@ def compiled(name: str, command: Sequence[str], suffix: str = ".so") -> tuple[Pa
         partial = target.with_name(f"{os.getpid()}-{target.name}")
         done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-4000:]}")
         log.write_text(done.stdout + done.stderr)
         partial.replace(target)
     return target, log.read_text()

@@ -127,13 +127,13 @@ def test_prefill_kernels(
     [(5, 144, 80, 6, 2), (13, 272, 176, 3, 2)],  # two steps over the depth of a tile of 128; ragged everywhere
 )
 def test_fp8(run: str, tokens: int, hidden: int, width: int, experts: int, top_k: int) -> None:
-    """Against float64 with the same roundings to FP8. Against the layer without FP8 the error is larger, and as small
-    as FP8 allows: three roundings of 2^-4 at most, a third of it typically."""
+    """Against float64 with the same roundings to FP8. Against the layer without FP8 the error is that of FP8: about 2.6 %
+    for each rounding of random numbers, of which a path through gate and up has six: 6.4 %."""
     moe = calls.random_moe(tokens, hidden, width, experts, top_k, seed=tokens, modality=True, addend=True)
     rounded = moe.in_fp8()
     y = run_host(rounded) if run == "host" else run_emulated(rounded, run)
     assert_close(y, rounded)
-    assert 1e-3 < calls.relative_error(y, moe.expected()) < 0.06
+    assert 0.02 < calls.relative_error(y, moe.expected()) < 0.1
 
 
 @settings(max_examples=12, deadline=None)
