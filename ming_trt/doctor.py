@@ -13,10 +13,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-# TensorRT-LLM's engine path ends with this release (docs/DESIGN.md, section 6).
+from ming_trt import compatibility
+from ming_trt.errors import ConfigError
+from ming_trt.evidence import evidence
+
+# TensorRT-LLM's engine path ends with this release (docs/compatibility.md).
 TRTLLM_VERSION = "1.2.1"
 
 
@@ -32,12 +37,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whether a target can be built, and served, on this machine, and if not, why."""
+    """Whether a target can be built, and served, on this machine, and if not, why; and what is known of its engines:
+    component -> rung, and by what."""
 
     name: str
     build: bool
     serve: bool
     reason: str = ""
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,13 @@ class Report:
     @property
     def ok(self) -> bool:
         return any(t.build and t.serve for t in self.targets)
+
+    def target(self, name: str) -> Target:
+        """The entry of that target. Raises `ConfigError` naming the targets."""
+        found = next((target for target in self.targets if target.name == name), None)
+        if found is None:
+            raise ConfigError(f"unknown target '{name}': choose from {', '.join(t.name for t in self.targets)}")
+        return found
 
     def as_dict(self) -> dict[str, object]:
         return {"ok": self.ok, **asdict(self)}
@@ -67,7 +82,14 @@ def _version(*names: str) -> str:
 
 def _package(title: str, names: tuple[str, ...], remedy: str) -> Check:
     version = _version(*names)
-    return Check(title, bool(version), version, "" if version else remedy)
+    problem = _wrong(title, version)
+    return Check(title, bool(version) and not problem, version, problem if version else remedy)
+
+
+def _wrong(name: str, version: str) -> str:
+    """What the table of versions says against `version`, or ""."""
+    found = (part.problem(version) for part in compatibility.parts() if part.name == name and version)
+    return next(found, "")
 
 
 def _python() -> Check:
@@ -87,17 +109,6 @@ def _libpython() -> Check:
     return Check("libpython", True, name)
 
 
-def _numpy() -> Check:
-    version = _version("numpy")
-    ok = version.startswith("1.")
-    return Check(
-        "numpy",
-        ok,
-        version,
-        "" if ok else "pip install 'numpy<2': the bundled Triton's stub corrupts data with NumPy 2",
-    )
-
-
 def _triton() -> Check:
     if importlib.util.find_spec("pytriton") is not None:
         return Check("tritonserver", True, f"2.51.0 (bundled in nvidia-pytriton {_version('nvidia-pytriton')})")
@@ -107,14 +118,23 @@ def _triton() -> Check:
     return Check("tritonserver", False, "", "pip install 'ming-trt[cpu]', or use NVIDIA's Triton container")
 
 
-def _gpu() -> Check:
+def _gpu() -> tuple[Check, Check]:
+    """The GPU and its driver."""
     remedy = "needed for the TensorRT targets only"
+    none = Check("gpu", False, "", remedy), Check("driver", False, "", remedy)
     if shutil.which("nvidia-smi") is None:
-        return Check("gpu", False, "", remedy)
+        return none
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return none
     lines = done.stdout.strip().splitlines()
-    return Check("gpu", bool(lines) and done.returncode == 0, "; ".join(lines), "" if lines else remedy)
+    if not lines or done.returncode:
+        return none
+    driver = lines[0].rpartition(",")[2].strip()
+    problem = _wrong("driver", driver)
+    return Check("gpu", True, "; ".join(lines)), Check("driver", not problem, driver, problem)
 
 
 def _trtllm_api() -> Check:
@@ -130,37 +150,32 @@ def _trtllm_api() -> Check:
     return Check(name, not problems, f"{count} symbols", remedy)
 
 
-def _targets(checks: dict[str, Check]) -> tuple[Target, ...]:
-    def missing(*names: str) -> list[str]:
-        return [name for name in names if not checks[name].ok]
+def _targets(checks: Mapping[str, Check]) -> tuple[Target, ...]:
+    server = ("python", "libpython", "numpy", "tritonserver")
+    exporter = ("python", "torch", "onnx", "onnxscript", "onnx-ir")
+    gpu = ("gpu", "driver")
+    known = evidence()
 
     def target(name: str, build: tuple[str, ...], serve: tuple[str, ...], note: str = "") -> Target:
-        lacking = missing(*dict.fromkeys((*build, *serve)))
-        reasons = [f"missing: {', '.join(lacking)}"] if lacking else []
-        return Target(name, not missing(*build), not missing(*serve), "; ".join(filter(None, [*reasons, note])))
+        lacking = [checks[part] for part in dict.fromkeys((*build, *serve)) if not checks[part].ok]
+        missing = [check.name for check in lacking if not check.version]
+        reasons = [f"missing: {', '.join(missing)}"] if missing else []
+        reasons += [check.remedy for check in lacking if check.version]
+        builds, serves = (all(checks[part].ok for part in parts) for parts in (build, serve))
+        reason = "; ".join(filter(None, [*reasons, note]))
+        return Target(name, builds, serves, reason, known[name].components, known[name].by)
 
-    server = ("python", "libpython", "numpy", "tritonserver")
-    rtx = Target(
-        "tensorrt-rtx",
-        not missing("torch", "onnx", "tensorrt-rtx"),
-        False,
-        "; ".join(
-            filter(
-                None, [", ".join(f"missing: {n}" for n in missing("tensorrt-rtx")), "plans are compiled, not run, here"]
-            )
-        ),
-    )
-    trtllm = checks["tensorrt-llm"]
-    wrong = (
-        ""
-        if not trtllm.ok or trtllm.version == TRTLLM_VERSION
-        else f"tensorrt-llm {trtllm.version}, needs {TRTLLM_VERSION}"
-    )
+    rtx = target("tensorrt-rtx", (*exporter, "tensorrt-rtx"), (), "plans are compiled, not run, here")
     return (
-        target("onnxruntime", ("python", "torch", "onnx", "onnxruntime"), (*server, "onnxruntime")),
-        target("tensorrt", ("torch", "onnx", "tensorrt", "gpu"), (*server, "tensorrt", "gpu")),
-        rtx,
-        target("tensorrt-llm", ("torch", "tensorrt-llm", "gpu"), ("tensorrt-llm", "tritonserver", "gpu"), wrong),
+        target("onnxruntime", (*exporter, "onnxruntime"), (*server, "onnxruntime")),
+        target("tensorrt", (*exporter, "tensorrt", *gpu), (*server, "tensorrt", *gpu)),
+        replace(rtx, serve=False),
+        target(
+            "tensorrt-llm",
+            ("python", "torch"),
+            ("tensorrt", "tensorrt-llm", "tensorrt-llm api", "tritonserver", *gpu),
+            "build makes llm-checkpoint; its engine is built where it is served",
+        ),
     )
 
 
@@ -170,13 +185,15 @@ def examine() -> Report:
     checks = (
         _python(),
         _libpython(),
-        _numpy(),
+        _package("numpy", ("numpy",), cpu),
         _package("torch", ("torch",), cpu),
         _package("onnx", ("onnx",), cpu),
+        _package("onnxscript", ("onnxscript",), cpu),
+        _package("onnx-ir", ("onnx-ir",), cpu),
         _package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), cpu),
         _package("tritonclient", ("tritonclient",), "pip install 'tritonclient[grpc]'"),
         _triton(),
-        _gpu(),
+        *_gpu(),
         _package(
             "tensorrt",
             ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),

@@ -24,6 +24,7 @@ TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-llm": ("bf16", "fp8"),
 }
+_LLM_KEYS = ("default", "llm", "llm-checkpoint", "kv_cache")
 DEFAULT_PRESETS: Mapping[str, str] = {
     "onnxruntime": "cpu-fp32",
     "tensorrt": "h200-fp8",
@@ -137,8 +138,12 @@ class Preset:
     def _check_precision(self, component: str, precision: str) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(_unknown(f"precision of {component}", str(precision), PRECISIONS))
-        if precision not in TARGET_PRECISIONS[self.target]:
-            allowed = ", ".join(TARGET_PRECISIONS[self.target])
+        target = self.target
+        if target == "tensorrt-llm" and component not in _LLM_KEYS:
+            # served beside the language model, as an engine of TensorRT
+            target = "tensorrt"
+        if precision not in TARGET_PRECISIONS[target]:
+            allowed = ", ".join(TARGET_PRECISIONS[target])
             raise ConfigError(
                 f"precision of {component} is {precision}, which target {self.target} does not build: use {allowed}"
             )

@@ -22,6 +22,21 @@ def test_shipped_presets_load_and_round_trip(name: str) -> None:
     assert presets.from_dict(preset.as_dict(), name) == preset
 
 
+@pytest.mark.parametrize("name", presets.names())
+def test_every_precision_of_a_shipped_preset_has_thresholds_in_it(name: str) -> None:
+    preset = presets.load(name)
+    engines = {key: value for key, value in preset.precision.items() if key != "kv_cache"}
+    assert all(precision in preset.gate or component in preset.gate for component, precision in engines.items())
+
+
+def test_engines_beside_the_language_model_have_precisions_of_their_own() -> None:
+    preset = presets.load("h200-fp8").with_options(precision="vocoder=fp32")
+    assert preset.precision_of("vocoder") == "fp32" and preset.precision_of("llm-checkpoint") == "fp8"
+    for wrong in ("fp16", "llm-checkpoint=fp32"):
+        with pytest.raises(ConfigError, match="which target tensorrt-llm does not build: use bf16, fp8"):
+            preset.with_options(precision=wrong)
+
+
 def test_a_wheel_carries_every_preset_and_no_bundle() -> None:
     """Bundles are built below `engines`, so its files are named one by one."""
     project = tomllib.loads((engines_dir().parent / "pyproject.toml").read_text("utf-8"))

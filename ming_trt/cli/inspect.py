@@ -58,6 +58,7 @@ def _show(bundle: Bundle) -> None:
     from rich.table import Table
 
     from ming_trt.cli.output import console
+    from ming_trt.evidence import evidence
 
     manifest = bundle.manifest
     files = manifest.files
@@ -80,6 +81,10 @@ def _show(bundle: Bundle) -> None:
             "" if least is None else f"{least:.0f}",
         )
     out.print(table)
+    known = evidence().get(manifest.target)
+    if known:
+        # what was proved of this bundle stands in the table; this is what is known of its target
+        out.print(f"{manifest.target}: {known.weakest} or better by {known.by}")
     tensors = Table("engine", "", "name", "type", "shape", box=None)
     for name, entry in manifest.components.items():
         for kind, specs in (("in", entry.inputs), ("out", entry.outputs)):

@@ -37,6 +37,13 @@ def test_doctor_as_json() -> None:
     assert embedded["build"] and embedded["serve"], "the suite itself needs the embedded default"
 
 
+@pytest.mark.parametrize(("target", "code"), [("onnxruntime", 0), ("tensorrt-rtx", 1)])
+def test_doctor_of_one_target(target: str, code: int) -> None:
+    assert run("doctor", "--target", target, "--json").returncode == code
+    done = run("doctor", "--target", "onxruntime")
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown target 'onxruntime': choose from")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
