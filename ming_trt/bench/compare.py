@@ -22,7 +22,7 @@ ALPHA = 0.05
 LEAST = 5
 REPORT = "report.json"
 # A gap is one of many of its request: requests are what is independent, so their means are compared by `itl`.
-_COMPARED = ("ttft", "itl", "e2e", "prompt_tokens_per_s")
+_COMPARED = ("ttft", "itl", "e2e", "prompt_tokens_per_s", "ttfa", "rtf", "image")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ Triton sees only that it took the request over; its own clock tells queue, prefi
 every answer. What the server's total has beyond its stages is Triton's scheduling and the python stubs; what the
 client's total has beyond the server's is the network, the client and HTTP/2.
 
-Rows are means over a phase. The stages are one after the other, but for the encoders, which run side by side: only the
-slower one is on the path. Text leaves while it is decoded, so only the last response's `postprocess` counts.
+Rows are means over a phase. The stages are one after the other, but for the encoders, which run side by side: only
+the slower one is on the path. Text leaves while it is decoded, so only the last response's `postprocess` counts.
+Drawing and speaking are called from there, stream, and partly overlap with the text: their row is what the server took
+beyond the others, scheduling included.
 """
 
 from __future__ import annotations
@@ -96,16 +98,16 @@ def account(samples: Sequence[Sample], counts: Mapping[str, ModelCount]) -> Acco
     rows += [Row("llm", name, 1000 * fmean(s.engine.get(name, 0.0) for s in good)) for name in ("queue", "prefill")]
     rows += [Row("llm", "decode", 1000 * fmean(s.engine.get("decode", 0.0) for s in good), first=False)]
     rows += _stage("postprocess", counts)
-    tail = 1000 * fmean(sample.seconds - sample.finished for sample in good if sample.finished)
     after = sorted(
         name for name, count in counts.items() if count.succeeded and name not in (*_CHAIN, ENSEMBLE, "cancel")
     )
-    if after:
-        rows += [Row(" + ".join(after), "after the text", tail, first=False)]
     known = sum(row.ms for row in rows if row.hop != "client")
     rest = server - known
     # Two clocks of means can cross by a little: what is below nothing shows in the sum and not as a negative row.
-    rows += [Row(REST, "", max(0.0, rest)), Row(CLIENT, "", max(0.0, total - late - server))]
+    rows += [
+        Row(" + ".join(after), "by difference", max(0.0, rest), first=False) if after else Row(REST, "", max(0.0, rest))
+    ]
+    rows += [Row(CLIENT, "", max(0.0, total - late - server))]
     beside = {name: ms for name, ms in encoders.items() if name != slow and ms > 0}
     return Accounting(tuple(rows), total, beside, _note(good, samples, counts))
 

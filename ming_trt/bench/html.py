@@ -104,7 +104,10 @@ def _throughput_table(points: Sequence[Report]) -> str:
             [
                 point["scenario"],
                 str(_load(point)),
-                *((_number(counted[key]), counted[key]) for key in ("requests_per_s", "tokens_per_s", "goodput_per_s")),
+                *(
+                    (_number(counted[key]), counted[key])
+                    for key in ("requests_per_s", "tokens_per_s", "images_per_minute", "goodput_per_s")
+                ),
                 (f"{100 * counted['goodput_share']:.0f} %", counted["goodput_share"]),
                 (f'<span class="{mark}" title="{reasons}">{failed} of {counted["requests"]}</span>', failed),
                 *((_number(point[key]), point[key]) for key in ("prompt_tokens", "completion_tokens")),
@@ -115,6 +118,7 @@ def _throughput_table(points: Sequence[Report]) -> str:
         "load",
         "requests/s",
         "tokens/s",
+        "images/min",
         "goodput/s",
         "in time",
         "errors",

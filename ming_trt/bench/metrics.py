@@ -27,6 +27,8 @@ class Slo:
     def kept_by(self, sample: Sample) -> bool:
         """Whether the request succeeded in time."""
         first, gap = TimeToFirstToken().of(sample), InterTokenLatency().of(sample)
+        if sample.picture:  # has no tokens: only the whole counts
+            return sample.ok and (not self.total or sample.seconds <= self.total)
         return (
             sample.ok
             and bool(first)
@@ -121,6 +123,43 @@ class Underruns:
         return [float(playback(pieces).underruns)] if pieces else []
 
 
+class TimeToFirstAudio:
+    """From when the request was due to the first sound."""
+
+    name, title, unit, lower_is_better = "ttfa", "time to first audio", "ms", True
+
+    def of(self, sample: Sample) -> Sequence[float]:
+        return [1000 * sample.sounds[0][0]] if sample.sounds else []
+
+
+class RealTimeFactor:
+    """Time until the last sound came, per second of audio: below 1 the answer is made faster than it is heard."""
+
+    name, title, unit, lower_is_better = "rtf", "real-time factor", "s/s", True
+
+    def of(self, sample: Sample) -> Sequence[float]:
+        heard = sum(seconds for _, seconds in sample.sounds)
+        return [sample.sounds[-1][0] / heard] if heard else []
+
+
+class PlaybackUnderruns:
+    """How often a listener, from the first sound on, would have heard a gap."""
+
+    name, title, unit, lower_is_better = "audio_underruns", "playback underruns", "per answer", True
+
+    def of(self, sample: Sample) -> Sequence[float]:
+        return [float(playback(sample.sounds).underruns)] if sample.sounds else []
+
+
+class ImageLatency:
+    """From when the request was due to the finished picture."""
+
+    name, title, unit, lower_is_better = "image", "finished picture", "ms", True
+
+    def of(self, sample: Sample) -> Sequence[float]:
+        return [1000 * sample.picture] if sample.picture else []
+
+
 def metrics(slo: Slo) -> tuple[Metric, ...]:
     """All metrics, in the order in which reports show them."""
     return (
@@ -131,6 +170,10 @@ def metrics(slo: Slo) -> tuple[Metric, ...]:
         DecodeRate(),
         PromptRate(),
         Underruns(slo.per_token),
+        TimeToFirstAudio(),
+        RealTimeFactor(),
+        PlaybackUnderruns(),
+        ImageLatency(),
     )
 
 
@@ -157,6 +200,7 @@ def totals(samples: Sequence[Sample], wall: float, slo: Slo) -> dict[str, Any]:
         "wall_s": wall,
         "requests_per_s": len(good) / wall if wall > 0 else 0.0,
         "tokens_per_s": sum(sample.completion_tokens for sample in good) / wall if wall > 0 else 0.0,
+        "images_per_minute": 60 * sum(bool(sample.picture) for sample in good) / wall if wall > 0 else 0.0,
         "goodput_per_s": kept / wall if wall > 0 else 0.0,
         "goodput_share": kept / len(samples) if samples else 0.0,
         "late_s": max((sample.late for sample in samples), default=0.0),

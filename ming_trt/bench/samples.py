@@ -11,6 +11,7 @@ from ming_trt.errors import MingError
 from ming_trt.serving.client import Answer
 
 Clock = Callable[[], float]
+_SAMPLE_BYTES = 2  # 16-bit mono
 
 
 @dataclass(slots=True)
@@ -19,7 +20,8 @@ class Sample:
 
     `due` is when it should have been sent, from the start of the phase; `late` how much later it was. The others count
     from when it was due, so that a slow server cannot hide its queue in the client's. `arrivals`: (time, tokens) of
-    each message that brought tokens. `finished`: when the text was complete; `seconds`: when the stream ended.
+    each message that brought tokens; `sounds`: (time, seconds of audio) of each that brought sound; `picture`: when the
+    finished picture came (0: none). `finished`: when the text was complete; `seconds`: when the stream ended.
     `engine`: queue, prefill and decode by the language model's own clock. `error`: the sentence of a failed request,
     which then counts as an error and in nothing else.
     """
@@ -29,6 +31,8 @@ class Sample:
     seconds: float = 0.0
     finished: float = 0.0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
+    sounds: list[tuple[float, float]] = field(default_factory=list)
+    picture: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = ""
@@ -53,14 +57,17 @@ class Sample:
         """JSON-ready; times to the microsecond."""
         data = asdict(self)
         data["arrivals"] = [(round(at, 6), tokens) for at, tokens in self.arrivals]
-        for name in ("due", "late", "seconds", "finished"):
+        data["sounds"] = [(round(at, 6), seconds) for at, seconds in self.sounds]
+        for name in ("due", "late", "seconds", "finished", "picture"):
             data[name] = round(data[name], 6)
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sample:
         """Reads `as_dict` back."""
-        return cls(**{**data, "arrivals": [(float(at), int(tokens)) for at, tokens in data["arrivals"]]})
+        arrivals = [(float(at), int(tokens)) for at, tokens in data["arrivals"]]
+        sounds = [(float(at), float(seconds)) for at, seconds in data.get("sounds", ())]
+        return cls(**{**data, "arrivals": arrivals, "sounds": sounds})
 
 
 def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock = time.perf_counter) -> Sample:
@@ -75,6 +82,10 @@ def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock =
             tokens = len(delta.state.get("token_ids") or ())
             if tokens:
                 sample.arrivals.append((now, tokens))
+            if delta.audio and delta.sample_rate:
+                sample.sounds.append((now, len(delta.audio) / _SAMPLE_BYTES / delta.sample_rate))
+            if delta.image is not None and not delta.preview:
+                sample.picture = now
             if delta.state.get("finish_reason"):
                 sample.finished = now
         sample.seconds = clock() - zero

@@ -24,7 +24,8 @@ _LONG = 400  # words of the long prompt
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`kind`: the medium that goes with the question ("" = none); `needs`: the server's input that carries it."""
+    """`kind`: the medium that goes with the question ("" = none); `needs`: the server's input that carries it; `gives`:
+    its output that carries the answer, if that is not text alone."""
 
     name: str
     title: str
@@ -32,6 +33,7 @@ class Scenario:
     needs: str = ""
     question: str = ""
     words: int = 0
+    gives: str = ""
 
     def request(self, number: int, seed: int, media: Mapping[str, Medium], max_tokens: int) -> dict[str, Any]:
         """Arguments of `Client.ask` for request `number`: equal ones for equal seeds.
@@ -47,6 +49,10 @@ class Scenario:
             question = f"{question} ({rng.choice(_SUBJECTS)}?)"
         sampling = {"max_tokens": max_tokens, "temperature": 0, "seed": int(rng.integers(1 << 31)), "ignore_eos": True}
         arguments: dict[str, Any] = {"text": question, "sampling": sampling}
+        if self.gives == "audio":
+            arguments["speak"] = {}
+        if self.gives == "image":
+            arguments["draw"] = {"seed": int(rng.integers(1 << 31))}
         if self.kind:
             arguments[self.needs] = [media[self.kind].content]
         return arguments
@@ -59,9 +65,10 @@ SCENARIOS = (
     Scenario("document", "page of text", "document", "images", "What is written on this page?"),
     Scenario("video", "video", "video", "videos", "What happens in this video?"),
     Scenario("audio", "recording", "audio", "audios", "What is said in this recording?"),
+    Scenario("speech", "spoken answer", gives="audio"),
+    Scenario("drawing", "picture from text", gives="image", question="Draw a red kite over a lake in the evening."),
+    Scenario("edit", "edited picture", "image", "images", "Turn the evening into a morning.", gives="image"),
 )
-# What this benchmark would ask of servers that give more than text, and does not know how to yet.
-_OUTPUTS = {"audio": "speech", "image": "drawing"}
 
 
 def choose(
@@ -79,17 +86,14 @@ def choose(
     for scenario in SCENARIOS:
         if names and scenario.name not in names:
             continue
-        if scenario.needs and scenario.needs not in inputs:
+        if scenario.gives and scenario.gives not in outputs:
+            skipped[scenario.name] = f"the server has no output '{scenario.gives}'"
+        elif scenario.needs and scenario.needs not in inputs:
             skipped[scenario.name] = f"the server takes no '{scenario.needs}'"
         elif scenario.kind and scenario.kind not in media:
             skipped[scenario.name] = f"no {scenario.kind} file is at hand: give --media with one"
         else:
             chosen.append(scenario)
-    for output, name in _OUTPUTS.items():
-        if output in outputs:
-            skipped[name] = "the server offers it, and this benchmark measures text answers only"
-        else:
-            skipped[name] = f"the server has no output '{output}'"
     return chosen, skipped
 
 

@@ -20,7 +20,9 @@ def command(
     url: str = typer.Option("localhost:8001", "--url", help="gRPC address of the server."),
     output: Path = typer.Option(None, "-o", "--output", help="Folder for report.html and report.json."),
     scenario: list[str] = typer.Option(
-        [], "--scenario", help="text, long-text, image, document, video or audio; may be given several times."
+        [],
+        "--scenario",
+        help="text, long-text, image, document, video, audio, speech, drawing or edit; may be given several times.",
     ),
     concurrency: str = typer.Option("1,2,4", help="Requests at once, one measurement each; empty = none."),
     rate: str = typer.Option("auto", help="Requests per second; auto = 50 and 80 % of what was reached; empty = none."),

@@ -19,7 +19,7 @@ from ming_trt.bench.hops import account
 from ming_trt.bench.load import Load, arrival_times, run_load
 from ming_trt.bench.machine import environment, measure_ceiling
 from ming_trt.bench.media import KINDS, find_media, made_media
-from ming_trt.bench.metrics import Slo
+from ming_trt.bench.metrics import Slo, metrics, totals
 from ming_trt.bench.samples import Sample, playback
 from ming_trt.bench.scenarios import SCENARIOS, Scenario, choose
 from ming_trt.bench.server import ModelCount
@@ -71,7 +71,8 @@ def test_open_loop_does_not_wait_for_answers() -> None:
 
 
 def test_a_sample_survives_json() -> None:
-    sample = Sample(1.0, 0.1, 2.0, 1.9, [(0.5, 1), (0.75, 3)], 10, 4, "stop", {"queue": 0.1}, "")
+    sounds = [(0.6, 0.5), (0.9, 0.25)]
+    sample = Sample(1.0, 0.1, 2.0, 1.9, [(0.5, 1), (0.75, 3)], sounds, 1.8, 10, 4, "stop", {"queue": 0.1}, "")
     assert Sample.from_dict(sample.as_dict()) == sample
     assert sample.token_times == [0.5, 0.75, 0.75, 0.75]
 
@@ -84,6 +85,20 @@ def test_goodput_needs_every_objective() -> None:
     assert not Slo(0.6, 0.11, total=0.9).kept_by(sample)
     sample.error = "ServeError: gone"
     assert not Slo(0.6, 0.11).kept_by(sample)
+
+
+def test_sound_and_pictures() -> None:
+    """Two seconds of sound, the second of which comes 0.3 s after the first was heard."""
+    sample = Sample(0, 0, 2.0, 2.0, [(0.1, 1)], sounds=[(0.4, 1.0), (1.7, 1.0)], picture=1.9)
+    found = {metric.name: list(metric.of(sample)) for metric in metrics(Slo())}
+    assert found["ttfa"] == [pytest.approx(400)]
+    assert found["rtf"] == [pytest.approx(1.7 / 2)]
+    assert found["audio_underruns"] == [1.0]
+    assert found["image"] == [pytest.approx(1900)]
+    silent = {metric.name: list(metric.of(Sample(0, 0, 2.0))) for metric in metrics(Slo())}
+    assert not (silent["ttfa"] or silent["rtf"] or silent["audio_underruns"] or silent["image"])
+    assert Slo(total=2.5).kept_by(sample) and not Slo(total=1.5).kept_by(sample)
+    assert totals([sample], 30.0, Slo())["images_per_minute"] == 2
 
 
 def counted(total: float, requests: int = 1, **parts: float) -> ModelCount:
@@ -156,20 +171,23 @@ def test_scenarios_follow_the_seed(scenario: Scenario) -> None:
     assert first == [scenario.request(i, 7, media, 16) for i in range(20)]
     assert len({request["text"] for request in first}) > 5
     for request in first[:3]:
-        # the server's own parser takes the sampling options
-        parsed = parse_request(
-            b'{"id":"a","messages":[{"role":"user","content":"x"}],"sampling":%s}'
-            % json.dumps(request["sampling"]).encode()
-        )
+        # the server's own parser takes it
+        body = {"id": "a", "messages": [{"role": "user", "content": "x"}]}
+        body |= {key: request[key] for key in ("sampling", "draw", "speak") if key in request}
+        parsed = parse_request(json.dumps(body).encode())
+        assert (parsed.draw is not None, parsed.speak is not None) == (
+            scenario.gives == "image", scenario.gives == "audio",
+        )  # fmt: skip
         assert parsed.sampling.ignore_eos and parsed.sampling.max_tokens == 16
 
 
 def test_scenarios_that_cannot_run_say_why() -> None:
     chosen, skipped = choose((), {}, {"images"}, {"text", "audio"})
-    assert [scenario.name for scenario in chosen] == ["text", "long-text"]
+    assert [scenario.name for scenario in chosen] == ["text", "long-text", "speech"]
     assert "no image file" in skipped["image"]
     assert skipped["audio"] == "the server takes no 'audios'"
-    assert "text answers only" in skipped["speech"]
+    assert skipped["drawing"] == skipped["edit"] == "the server has no output 'image'"
+    assert "speech" not in skipped
 
 
 def test_the_machine() -> None:

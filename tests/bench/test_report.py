@@ -32,7 +32,9 @@ VOID = {"meta", "br", "img", "input", "link", "hr"}
 def report() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, FakeServer(Delays(prefill=0.01, token=0.005, fail_every=5)) as server:
         patch.setattr("ming_trt.bench.run.measure_ceiling", lambda: None)
-        options = Options(server.url, ("text", "image"), concurrency=(1, 2), requests=8, warmup=1, max_tokens=4)
+        options = Options(
+            server.url, ("text", "image", "speech"), concurrency=(1, 2), requests=8, warmup=1, max_tokens=4
+        )
         return json.loads(json.dumps(run(options)))
 
 
