@@ -110,7 +110,7 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
         if unchanged is not None:
             return Report(options.bundle, unchanged[0], unchanged[1], time.monotonic() - started)
         for name, record in list(space.records.items()):
-            if record.facts.get("verdict") == NOT_RUN:
+            if record.facts.get("verdict") == NOT_RUN and options.preset.target not in TENSORRT:
                 del space.records[name]
         plan = _Plan(options, space)
         graph = plan.graph()
@@ -410,8 +410,8 @@ def _unchanged(space: Workspace, fingerprint: str) -> tuple[dict[str, Result], s
         manifest = Bundle.open(space.folder).manifest
     except (OSError, UnicodeDecodeError, BundleError):
         return None
-    if manifest.gate == NOT_RUN:
-        # What did not fit then may fit now.
+    if manifest.gate == NOT_RUN and manifest.target not in TENSORRT:
+        # What did not fit then may fit now; a plan does not run here, then or now.
         return None
     if last is None or last.get("fingerprint") != fingerprint or last.get("manifest") != digest(text):
         return None

@@ -23,7 +23,8 @@ _LATENT: Range = (min(h for _, h, _ in BUCKETS) // 8, 64, max(h for _, h, _ in B
 _TOKENS: Range = (_LATENT[0] ** 2 // 4, _LATENT[1] ** 2 // 4, _LATENT[2] ** 2 // 4)
 _PICTURE_BATCH: Range = (1, 3, 6)
 # Codes (and mel frames) of an utterance in one part; a part of a stream is about 25.
-_CODES: Range = (1, 50, 1500)
+_CODES: Range = (1, 50, 1536)
+_TILE = 64
 _LOGITS: Range = (1, 1, 8)
 
 
@@ -145,7 +146,10 @@ def phases(component: str, profile: Profile, facts: Mapping[str, Any]) -> list[P
 
 
 def fixed_sizes(component: str, profile: Profile) -> dict[str, int]:
-    """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity."""
+    """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity.
+
+    It is rounded up: the builder has failed on small capacities that are no multiple of a kernel's tile.
+    """
     if component in ("llm", "talker"):
-        return {"T": profile.max_seq_len}
+        return {"T": -(-profile.max_seq_len // _TILE) * _TILE}
     return {"T": _CODES[2]} if component in ("flow_encoder", "flow_estimator") else {}

@@ -1,0 +1,166 @@
+"""Every engine of the mini checkpoint through the real builder; the float16 graphs that it compiles also run.
+
+Of the denoiser three blocks are built, one of each kind, since exporting all of them takes half a minute.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders import registry
+from builders.component import ExportOptions, Feeds
+from builders.export import MODEL_FILE
+from builders.precision import Floats, FP8PerChannel
+from builders.tensorrt import Settings, compile_plan, expect_layers
+from builders.tensorrt_api import RTX, load
+from builders.tensorrt_audit import run_graph
+from builders.tensorrt_profiles import Phase, fixed_sizes, phases
+from builders.verify import compare_all, reference_outputs, sample
+from ming_trt.bundle import NOT_RUN, PASSED, Bundle, sha256
+from ming_trt.checkpoint import Checkpoint
+from ming_trt.config import load_config
+from ming_trt.errors import BundleError, UnavailableError
+from ming_trt.presets import Profile, Thresholds
+
+pytestmark = pytest.mark.slow
+# float16 through a few blocks of random weights. The vocoder's waveform follows a phase, and its spectrum is an
+# exponential: errors grow there.
+TOLERANCES = {"vocoder": Thresholds(1e-1, 0.999, 26.0)}
+FP16 = Thresholds(2e-2, 0.9999, 38.0)
+CAPACITY = 64
+PROFILE = Profile(max_seq_len=512, slots=2, prefill_chunk=64, max_image_tokens=1024, max_audio_frames=3000)
+# Pitch is float32 in every preset.
+FLOATS = {"f0_predictor": "fp32"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rtx() -> None:
+    try:
+        load(RTX)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ming_trt.mini import write_mini
+
+    folder = tmp_path_factory.mktemp("mini") / "checkpoint"
+    write_mini(folder)
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    config["num_layers"] = 3
+    file.write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", registry.COMPONENTS)
+def test_the_graph_that_is_compiled_also_runs(name: str, mini: Path, tmp_path: Path) -> None:
+    config, checkpoint = load_config(mini), Checkpoint(mini)
+    component = registry.component(name)
+    assert component.needs(config, checkpoint) is None
+    feeds = with_capacity(sample(component, config), CAPACITY)
+    # Caches are static in TensorRT: the graph is fixed at the capacity of the sample's.
+    fixed = dict.fromkeys(fixed_sizes(name, PROFILE), CAPACITY)
+    floats = FLOATS.get(name, "fp16")
+    options = ExportOptions("tensorrt", floats, Floats(floats), fixed=tuple(fixed.items()))
+    facts = component.export(config, checkpoint, tmp_path, options)
+    before = sha256(tmp_path / MODEL_FILE)
+
+    ranges = phases(name, PROFILE, facts)
+    if fixed:
+        cut = {"S": (1, 1, 16), "C": (1, 16, CAPACITY)}
+        ranges = [
+            Phase(p.name, {**p.sizes, **{k: v for k, v in cut.items() if p.sizes.get(k, (1, 1, 1))[2] > 1}})
+            for p in ranges
+        ]
+    built = compile_plan(tmp_path / MODEL_FILE, facts["inputs"], ranges, tmp_path, Settings(RTX))
+    expect_layers(built, facts["operators"], name)
+    assert built.plan_bytes > 0 and (tmp_path / "model.plan").stat().st_size == built.stamp.size
+
+    got = run_graph(tmp_path / MODEL_FILE, feeds)
+    expected = reference_outputs(component.reference(config, checkpoint), feeds, list(facts["outputs"]))
+    report = compare_all(got, expected, TOLERANCES.get(name, FP16))
+    assert report.verdict == PASSED, [(o.name, o.relative, o.sqnr_db, o.note) for o in report.outputs]
+    assert sha256(tmp_path / MODEL_FILE) == before
+
+
+def with_capacity(feeds: Feeds, capacity: int) -> Feeds:
+    """The sample with caches of another capacity, of which the added places are empty and not seen."""
+
+    def padded(name: str, value: np.ndarray) -> np.ndarray:
+        axis = {"past": 2, "mask": 3, "attention": 3}.get(name.split("_")[0], -1)
+        if axis < 0 or value.ndim < 4:
+            return value
+        before = [(0, 0)] * value.ndim
+        before[axis] = (0, capacity - value.shape[axis])
+        return np.pad(value, before)
+
+    return {name: padded(name, value) for name, value in feeds.items()}
+
+
+@pytest.mark.parametrize("name", ["connector", "llm"])
+def test_other_precisions_differ_in_types_and_qdq_only(name: str, mini: Path) -> None:
+    config, checkpoint = load_config(mini), Checkpoint(mini)
+    component = registry.component(name)
+    modules = component.reference(config, checkpoint).named_modules()
+    ranges = tuple((module, 1.0) for module, inner in modules if hasattr(inner, "in_features"))
+    lists, graphs = [], []
+    for scheme in (Floats("fp16"), Floats("bf16"), FP8PerChannel("bf16")):
+        model = component.model(config, checkpoint, ExportOptions("tensorrt", "", scheme, ranges=ranges))
+        graphs.append(model)
+        lists.append([(node.name, node.domain, node.op_type) for node in model.graph])
+    fp16, bf16, fp8 = lists
+    assert bf16 == fp16
+    qdq = ("QuantizeLinear", "DequantizeLinear")
+    assert [node for node in fp8 if node[2] not in qdq] == fp16
+    assert any(node[2] in qdq for node in fp8)
+    values = [{v.name: v.dtype.name for n in model.graph for v in n.outputs if v.dtype} for model in graphs[:2]]
+    changed = {pair for name in values[0] if (pair := (values[0][name], values[1].get(name, "")))[0] != pair[1]}
+    assert changed == {("FLOAT16", "BFLOAT16")}
+    if name == "llm":
+        kept = {
+            node.inputs[1].name for node in graphs[2].graph if node.op_type == "MatMul" and node.inputs[1].const_value
+        }
+        assert any("gates" in weight for weight in kept) and any("lm_head" in weight for weight in kept)
+
+
+def test_a_bundle_of_plans_is_compiled_not_run(mini: Path, tmp_path: Path) -> None:
+    from builders.audit import audit
+    from builders.build import Options, build
+    from ming_trt import presets
+    from ming_trt.serving.assemble import check_gate
+
+    preset = presets.from_dict(
+        {
+            "target": RTX,
+            "precision": {"default": "bf16", "condition": "fp8", "vocoder": "fp16", "f0_predictor": "fp32"},
+        },
+        "mine",
+    )
+    options = Options(mini, tmp_path / "bundle", preset, ("condition",))
+    report = build(options)
+    assert report.ok and report.verdict == NOT_RUN
+    bundle = Bundle.open(tmp_path / "bundle")
+    entry = bundle.component("condition")
+    assert (entry.model, entry.rung, entry.verdict) == ("condition/model.plan", "compiled", NOT_RUN)
+    assert not bundle.check() and {"condition/model.plan", "condition/build.log"} <= set(bundle.manifest.files)
+    stamp = entry.facts["plan"]["stamp"]
+    # sm_80 has no FP8: RTX's default target rises with the graph
+    assert stamp["edition"] == RTX and stamp["devices"] == ["sm89"]
+    assert entry.facts["calibration"]["input_amax"]["mlp.fc1"] > 0 and len(entry.facts["graph"]["sha256"]) == 64
+
+    assert check_gate(bundle, allow_ungated=False, running=False) is False
+    with pytest.raises(BundleError, match="was compiled, not run, so its numbers are unknown"):
+        check_gate(bundle, allow_ungated=False, running=True)
+
+    again = build(options)
+    assert {str(result.outcome) for name, result in again.results.items() if "condition" in name} == {"NOOP"}
+
+    (found,) = audit(bundle, mini, ("condition",))
+    assert found.gate.verdict == NOT_RUN and all(output.verdict == PASSED for output in found.gate.outputs)
+    assert [layer.name for layer in found.layers] == ["mlp.fc1", "mlp.fc2", "context_embedder"]
+    assert all(np.isfinite(layer.sqnr_db) and layer.sqnr_db >= 25 for layer in found.layers)
+    assert "compiled, not run" in found.note and "calibrated with" in found.note and "kept out" in found.note
