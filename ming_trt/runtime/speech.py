@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from ming_trt.bundle import Bundle
-from ming_trt.errors import CancelledError, EngineError, InputError, MingError
+from ming_trt.errors import CancelledError, EngineError, MingError
 from ming_trt.processing.s3_bpe import S3Bpe
 from ming_trt.processing.speech_text import Piece, pieces_to_read
 from ming_trt.processing.talker_prompt import TalkerTokens, talker_prompt

@@ -61,7 +61,7 @@ def test_llm_step(config: MingConfig, monkeypatch: pytest.MonkeyPatch, batch: in
         "attention_mask": torch.ones(batch, 1, tokens, past + tokens, dtype=torch.bool),
         "logit_index": torch.zeros(batch, 1, dtype=torch.long),
     }
-    inputs = [step[name] if name in step else cache for name in names]
+    inputs = [step.get(name, cache) for name in names]
     counted = flops(random_module(MingLLM(c)), *inputs)
     # exact: products and attention are all that is counted on both sides
     assert cost.llm_step(c, tokens, past, batch).flops == counted
