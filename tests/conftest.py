@@ -1,5 +1,7 @@
 """Shared fixtures: where the reference cases lie, and a bundle of the mini checkpoint; fast tests first."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,4 +37,22 @@ def understanding_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mini(folder / "checkpoint")
     engines = ("vision_encoder", "audio_encoder", "llm")
     assert build(Options(folder / "checkpoint", folder / "bundle", presets.load("mini-cpu"), engines)).ok
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the mini checkpoint with all engines, built once for the session (minutes on two cores).
+
+    `MING_TRT_TEST_BUNDLE` names one that was built before: `ming-trt mini`, then `ming-trt build --preset mini-cpu`.
+    """
+    from builders.build import Options, build
+    from ming_trt import presets
+
+    if given := os.environ.get("MING_TRT_TEST_BUNDLE"):
+        return Path(given)
+    understanding: Path = request.getfixturevalue("understanding_bundle")
+    folder = tmp_path_factory.mktemp("mini")
+    shutil.copytree(understanding, folder / "bundle")
+    assert build(Options(understanding.parent / "checkpoint", folder / "bundle", presets.load("mini-cpu"))).ok
     return folder / "bundle"

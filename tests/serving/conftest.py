@@ -50,3 +50,12 @@ def client(toy_server: Server) -> Iterator[Client]:
 @pytest.fixture
 def ports() -> Callable[[], Ports]:
     return free_ports
+
+
+@pytest.fixture(scope="session")
+def mini_server(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the whole mini bundle: text, pictures, speech."""
+    repository = tmp_path_factory.mktemp("mini-repository") / "repo"
+    assemble(mini_bundle, repository)
+    with Server(repository, free_ports(), ready_timeout_s=120, progress=print) as server:
+        yield server

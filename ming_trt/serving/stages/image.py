@@ -20,7 +20,7 @@ from ming_trt.runtime.image import ImageRequest
 from ming_trt.runtime.image_worker import ImageHandle, PictureEvent, PreviewEvent, StepEvent, open_image
 from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json, text_array
 from ming_trt.serving.stages.presence import Presence
-from ming_trt.serving.stages.stream import Stream
+from ming_trt.serving.stages.stream import CallStream
 
 # Pictures are close to noise in their last bits; more effort makes the file little smaller and takes long.
 _PNG_EFFORT = 3
@@ -46,7 +46,7 @@ class ImageStage(Stage):
     def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
         """Queues each request and returns at once; its answers come from a thread of its own."""
         for request in requests:
-            stream = Stream(request.get_response_sender())
+            stream = CallStream(request.get_response_sender())
             try:
                 drawing = image_request(request)
                 name = drawing.request_id
@@ -55,7 +55,7 @@ class ImageStage(Stage):
             except Exception as error:  # noqa: BLE001 - the client must hear of it
                 stream.fail(self.name, error)
 
-    def _answer(self, stream: Stream, handle: ImageHandle) -> None:
+    def _answer(self, stream: CallStream, handle: ImageHandle) -> None:
         name = handle.request.request_id
         self.presence.enter(name, self.name)
         try:

@@ -16,7 +16,7 @@ from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
 from ming_trt.runtime.voices import Voices
 from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json
 from ming_trt.serving.stages.presence import Presence
-from ming_trt.serving.stages.stream import Stream
+from ming_trt.serving.stages.stream import CallStream
 
 _POLL_SECONDS = 0.05
 # Answers that failed are remembered, as a call for them may still be on its way.
@@ -27,7 +27,7 @@ _REMEMBERED = 1024
 class Call:
     """A call of the model: pieces of an answer, in which it is call `number`; `last` ends the answer's text."""
 
-    stream: Stream
+    stream: CallStream
     number: int
     pieces: list[Piece]
     last: bool
@@ -108,13 +108,13 @@ class SpeechStage(Stage):
     def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
         """Takes each call and returns at once; an answer's audio comes from threads of its own."""
         for request in requests:
-            stream = Stream(request.get_response_sender())
+            stream = CallStream(request.get_response_sender())
             try:
                 self._take(request, stream)
             except Exception as error:  # noqa: BLE001 - the client must hear of it
                 stream.fail(self.name, error)
 
-    def _take(self, request: Any, stream: Stream) -> None:
+    def _take(self, request: Any, stream: CallStream) -> None:
         body = read_json(request, "request")
         name = str(body["id"])
         call = Call(stream, int(body["number"]), [Piece(**piece) for piece in body["pieces"]], bool(body["last"]))

@@ -50,6 +50,18 @@ class Stream:
         self._sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
 
+class CallStream(Stream):
+    """The responses of a model that other stages call. Its errors travel as `state` `{"error": "NAME: SENTENCE"}`: the
+    caller of a decoupled model never gets a real one in Triton 2.51, and waits for ever."""
+
+    def fail(self, stage: str, error: Exception) -> None:
+        if not isinstance(error, MingError):
+            log.error("stage %s failed", stage, exc_info=error)
+            error = EngineError(f"stage '{stage}' failed ({type(error).__name__}: {error}): look into the server's log")
+        if not self._ended:
+            self.send({"state": json_array({"error": f"{type(error).__name__}: {error}"})}, last=True)
+
+
 def call(model: str, arrays: Mapping[str, Array], output: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
     """Calls a decoupled model of this server with the outputs `state` and `output`; the state and the other arrays of
     its responses, as they come. Raises the error that ends them."""
@@ -61,7 +73,10 @@ def call(model: str, arrays: Mapping[str, Array], output: str) -> Iterator[tuple
             raise parse_error(message) or EngineError(f"stage '{model}' failed ({message}): look into the server's log")
         found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
         if found:
-            yield json.loads(bytes(found.pop("state").reshape(-1)[0])), found
+            state = json.loads(bytes(found.pop("state").reshape(-1)[0]))
+            if "error" in state:
+                raise parse_error(state["error"]) or EngineError(state["error"])
+            yield state, found
 
 
 def empty(outputs: Mapping[str, Tensor]) -> dict[str, Array]:
