@@ -24,7 +24,8 @@ _TOKENS: Range = (_LATENT[0] ** 2 // 4, _LATENT[1] ** 2 // 4, _LATENT[2] ** 2 //
 _PICTURE_BATCH: Range = (1, 3, 6)
 # Codes (and mel frames) of an utterance in one part; a part of a stream is about 25.
 _CODES: Range = (1, 50, 1536)
-_TILE = 64
+# The RTX builder fails on a prefill profile that ends below 128 tokens, beside one of single tokens.
+_TILE = 128
 _LOGITS: Range = (1, 1, 8)
 
 
@@ -77,7 +78,11 @@ def _decoder(p: Profile, rows: Mapping[str, Range]) -> list[Phase]:
     slots = _clip(1, p.slots, p.slots)
     decode: dict[str, Range] = {"B": slots, "S": (1, 1, 1), "K": (1, 1, 1)}
     # Prefill runs one slot at a time.
-    prefill: dict[str, Range] = {"B": (1, 1, 1), "S": _clip(1, p.prefill_chunk, p.prefill_chunk), "K": _LOGITS}
+    prefill: dict[str, Range] = {
+        "B": (1, 1, 1),
+        "S": _clip(1, p.prefill_chunk, max(p.prefill_chunk, _TILE)),
+        "K": _LOGITS,
+    }
     return [Phase("decode", {**decode, **rows}), Phase("prefill", {**prefill, **rows})]
 
 
@@ -148,7 +153,7 @@ def phases(component: str, profile: Profile, facts: Mapping[str, Any]) -> list[P
 def fixed_sizes(component: str, profile: Profile) -> dict[str, int]:
     """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity.
 
-    It is rounded up: the builder has failed on small capacities that are no multiple of a kernel's tile.
+    It is rounded up to whole tiles of the attention kernels.
     """
     if component in ("llm", "talker"):
         return {"T": -(-profile.max_seq_len // _TILE) * _TILE}

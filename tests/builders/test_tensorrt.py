@@ -138,7 +138,7 @@ def test_profiles_follow_the_preset() -> None:
     profile = Profile(max_seq_len=100, slots=3, prefill_chunk=20, max_image_tokens=64, max_audio_frames=500)
     decode, prefill = phases("llm", profile, {})
     assert decode.sizes["S"] == (1, 1, 1) and decode.sizes["B"] == (1, 3, 3)
-    assert prefill.sizes["S"] == (1, 20, 20) and prefill.sizes["B"] == (1, 1, 1)
+    assert prefill.sizes["S"] == (1, 20, 128) and prefill.sizes["B"] == (1, 1, 1)
     assert fixed_sizes("llm", profile) == {"T": 128} and fixed_sizes("dit", profile) == {}
     assert phases("audio_encoder", profile, {"max_frames": 300})[0].sizes["frames"] == (1, 300, 300)
     assert all(phase.sizes["N"][2] == 256 for phase in phases("vision_encoder", profile, {}))
