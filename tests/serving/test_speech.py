@@ -1,0 +1,196 @@
+"""Speech through the real server: equal to that of one process, cancelled, refused, failing loudly."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from ming_trt.bundle import Bundle
+from ming_trt.cli import app
+from ming_trt.errors import CancelledError, EngineError, InputError
+from ming_trt.processing.request import parse_request
+from ming_trt.runtime.audio_contract import to_pcm
+from ming_trt.runtime.narrate import Narrator
+from ming_trt.runtime.pipeline import Pipeline
+from ming_trt.serving.assemble import assemble
+from ming_trt.serving.client import Client
+from ming_trt.serving.launch import Server
+
+from .conftest import free_ports
+from .test_image import nobody_works
+
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
+RECORDING = (Path(__file__).parents[2] / "examples" / "speech.wav").read_bytes()
+LINE = "Tyler, Lucy, Michelle, we're going to space! It will take us three days, and then we come back home."
+CLIP = {"voice_text": "Good morning."}
+
+
+def recording(seconds: float, channels: int = 1, rate: int = 16000, loudness: float = 0.1) -> bytes:
+    tone = loudness * np.sin(np.arange(int(seconds * rate)) * (2 * np.pi * 150 / rate))
+    stream = io.BytesIO()
+    soundfile.write(stream, np.repeat(tone[:, None], channels, 1).astype(np.float32), rate, format="WAV")
+    return stream.getvalue()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "read": {"text": LINE, "speak": {"read": True, "seed": 3}},
+    "read in Chinese": {"text": "今天是2025年7月22日，我们去公园玩吧，好不好？", "speak": {"read": True}},
+    "answer": {"text": "Tell me a story.", "speak": {"seed": 4}, "sampling": {"max_tokens": 60}},
+    "answer to a recording": {"text": "", "audios": [RECORDING], "speak": {}, "sampling": {"max_tokens": 30}},
+    "voice of a clip": {
+        "text": "Hello there.",
+        "speak": {"read": True, **CLIP},
+        "voice": recording(2.0, channels=2, rate=48000),
+    },
+}
+
+
+@pytest.fixture
+def client(mini_server: Server) -> Iterator[Client]:
+    with Client(mini_server.grpc_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(mini_bundle: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Samples i16 [n] of every case, spoken in this process."""
+    bundle, sounds = Bundle.open(mini_bundle), {}
+    with Pipeline.open(bundle) as pipeline:
+        narrator = Narrator.open(bundle, pipeline)
+        for name, case in CASES.items():
+            audios = case.get("audios", [])
+            content = [{"type": "audio"}] * len(audios)
+            content += [{"type": "text", "text": case["text"]}] if case["text"] else []
+            body = {"messages": [{"role": "user", "content": content}], "sampling": case.get("sampling", {})}
+            request = parse_request({**body, "speak": case["speak"]})
+            chunks = narrator.speak(request, audios=audios, clip=case.get("voice"))
+            sounds[name] = np.concatenate([to_pcm(chunk.audio) for chunk in chunks])
+        narrator.close()
+    return sounds
+
+
+def spoken(client: Client, case: dict[str, Any]) -> np.ndarray[Any, Any]:
+    answer = client.ask(**case)
+    parts = [delta for delta in answer if delta.audio]
+    assert {delta.sample_rate for delta in parts} == {24000}
+    order = [delta.state["speech"]["piece"] for delta in parts]
+    assert order == sorted(order)
+    assert answer.finish_reason is not None
+    return np.frombuffer(b"".join(delta.audio for delta in parts), "<i2")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_speech_of_one_process(client: Client, expected: dict[str, Any], name: str) -> None:
+    """Bit for bit: the same engines, pieces, chunks and random numbers."""
+    found = spoken(client, CASES[name])
+    assert len(found) > 2400
+    assert np.array_equal(found, expected[name])
+
+
+def test_three_at_once(client: Client, expected: dict[str, Any]) -> None:
+    names = ["read", "answer", "read in Chinese"]
+    found: dict[str, Any] = {}
+    threads = [threading.Thread(target=lambda n=name: found.update({n: spoken(client, CASES[n])})) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(np.array_equal(found[name], expected[name]) for name in names)
+
+
+def test_text_is_that_of_an_answer_without_speech(client: Client) -> None:
+    silent = client.ask("Tell me a story.", sampling={"max_tokens": 60})
+    loud = client.ask("Tell me a story.", sampling={"max_tokens": 60}, speak={})
+    assert loud.read_all() == silent.read_all()
+    assert loud.usage == silent.usage and loud.first_audio_s is not None
+
+
+def test_reading_asks_no_language_model(client: Client) -> None:
+    answer = client.ask(LINE, speak={"read": True})
+    assert answer.read_all() == "" and answer.usage["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("case", [CASES["read"], {**CASES["answer"], "sampling": {"max_tokens": 2000}}])
+def test_cancellation_frees_every_stage(mini_server: Server, client: Client, case: dict[str, Any]) -> None:
+    answer = client.ask(**{**case, "text": case["text"] * 20})
+    next(delta for delta in answer if delta.audio)
+    answer.cancel()
+    with pytest.raises(CancelledError):
+        answer.read_all()
+    assert client.ask("Hello", sampling={"max_tokens": 2}).read_all()
+    nobody_works(mini_server)
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "empty": {"text": "", "speak": {"read": True}},
+    "10,000 characters": {"text": "word " * 2000, "speak": {"read": True}},
+    "emoji": {"text": "😀🎉", "speak": {"read": True}},
+    "unknown voice": {"text": LINE, "speak": {"read": True, "voice": "nobody"}},
+    "short clip": {"speak": CLIP, "voice": recording(0.1)},
+    "long clip": {"speak": CLIP, "voice": recording(60)},
+    "silent clip": {"speak": CLIP, "voice": recording(2, loudness=0)},
+    "no clip": {"speak": CLIP, "voice": b"no sound"},
+    "clip without its text": {"speak": {}, "voice": recording(2)},
+    "text without its clip": {"speak": CLIP},
+    "clip without speech": {"voice": recording(2)},
+    "reading media": {"speak": {"read": True}, "audios": [RECORDING]},
+    "unknown option": {"speak": {"pitch": 2}},
+    "negative seed": {"speak": {"seed": -1}},
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_unusable_input_is_one_sentence(mini_server: Server, client: Client, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        client.ask(**{"text": "Hello", **FAULTS[name]}).read_all()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+    assert client.ask("Hello", sampling={"max_tokens": 2}).read_all()
+
+
+def test_mixed_scripts(client: Client) -> None:
+    assert len(spoken(client, {"text": "我喜欢 machine learning, très bien, 3.5%!", "speak": {"read": True}})) > 2400
+
+
+def test_command_writes_a_sound_file(mini_server: Server, expected: dict[str, Any], tmp_path: Path) -> None:
+    arguments = ["ask", "--read", LINE, "--speak", str(tmp_path / "out.wav"), "--seed", "3"]
+    done = CliRunner().invoke(app, [*arguments, "--url", mini_server.grpc_url])
+    assert done.exit_code == 0, done.output
+    with wave.open(str(tmp_path / "out.wav")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24000)
+        assert np.array_equal(np.frombuffer(file.readframes(file.getnframes()), "<i2"), expected["read"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.wav"]
+
+
+def test_command_leaves_nothing_on_failure(mini_server: Server, tmp_path: Path) -> None:
+    arguments = ["ask", "--read", "😀", "--speak", str(tmp_path / "out.wav"), "--url", mini_server.grpc_url]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["talker", "vocoder"])
+def test_bad_numbers_become_an_error_that_names_the_stage(mini_bundle: Path, tmp_path: Path, engine: str) -> None:
+    shutil.copytree(mini_bundle, tmp_path / "bundle")
+    weights = tmp_path / "bundle" / engine / "model.onnx.data"
+    size = weights.stat().st_size
+    weights.write_bytes(np.full(size // 4, np.nan, "<f4").tobytes().ljust(size, b"\0"))
+    assemble(tmp_path / "bundle", tmp_path / "repo")
+    with (
+        Server(tmp_path / "repo", free_ports(), ready_timeout_s=120) as server,
+        Client(server.grpc_url) as client,
+    ):
+        with pytest.raises(EngineError, match=rf"stage 'speech'.*{engine}.*not finite"):
+            client.ask(LINE, speak={"read": True}).read_all()
+        with pytest.raises(EngineError, match="stage 'speech'"):
+            client.ask(**CASES["answer"]).read_all()
+        assert client.ask("Hello", sampling={"max_tokens": 2}).read_all()
+        nobody_works(server)
