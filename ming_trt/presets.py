@@ -27,7 +27,7 @@ TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
 _LLM_KEYS = ("default", "llm", "llm-checkpoint", "kv_cache")
 DEFAULT_PRESETS: Mapping[str, str] = {
     "onnxruntime": "cpu-fp32",
-    "tensorrt": "h200-fp8",
+    "tensorrt": "tensorrt-fp8",
     "tensorrt-rtx": "rtx",
     "tensorrt-llm": "h200-fp8",
 }
