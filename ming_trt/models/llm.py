@@ -91,7 +91,9 @@ class Attention(nn.Module):
         q, k = self.rotate(q, k, position_ids)
         key = ops.kv_update(past_key, k, write_index)
         value = ops.kv_update(past_value, v, write_index)
-        out = functional.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=True)
+        # The exporter takes the flag only where query heads do share key heads.
+        shared = self.config.num_heads != self.config.num_kv_heads
+        out = functional.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=shared)
         return self.dense(out.transpose(1, 2).flatten(2)), key, value
 
 

@@ -203,6 +203,16 @@ def test_graph_uses_what_each_target_has(config: MingConfig, checkpoint: Checkpo
     assert all(counts["ai.onnx:TensorScatter"] == 2 * layers for counts in operators.values())
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_key_heads_need_not_be_shared(config: MingConfig, target: str) -> None:
+    """As many key heads as query heads: the exporter refuses the flag for grouped heads there."""
+    sizes = dataclasses.replace(config.llm, num_kv_heads=config.llm.num_heads, num_layers=1)
+    graph = component("llm").graph(dataclasses.replace(config, llm=sizes), ExportOptions(target)).graph  # type: ignore[attr-defined]
+    attention = [node for node in graph if node.op_type == "Attention"]
+    assert len(attention) == 1
+    assert attention[0].inputs[0].shape[1] == attention[0].inputs[1].shape[1] == sizes.num_heads
+
+
 def test_half_precision(config: MingConfig, checkpoint: Checkpoint, open_engine: OpenEngine) -> None:
     """One exporter with a type parameter: float16 runs here too (bfloat16 only elsewhere, it is checked as ONNX)."""
     builder, engine = component("llm"), open_engine("llm", "3D", "tensorrt", "fp16")
