@@ -407,14 +407,15 @@ def _tokens(section: Section, folder: Path) -> TokenIds:
 
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Text -> id of the added tokens, from `tokenizer.json`, else `tokenizer_config.json`, else empty."""
-    file = folder / "tokenizer.json"
-    if file.exists():
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        file = folder / name
+        if not file.exists():
+            continue
         values = read_json(file)
-        added = values.get("added_tokens", []) if isinstance(values, Mapping) else []
-        return {token["content"]: token["id"] for token in added}
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        values = read_json(file)
-        decoder = values.get("added_tokens_decoder", {}) if isinstance(values, Mapping) else {}
-        return {token["content"]: int(number) for number, token in decoder.items()}
+        try:
+            added = values.get(key) or {}
+            numbered = added.items() if isinstance(added, Mapping) else [(token["id"], token) for token in added]
+            return {str(token["content"]): int(number) for number, token in numbered}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"'{key}' in '{file}' is malformed ({error!r}): download the file again") from None
     return {}

@@ -123,3 +123,23 @@ def test_missing_and_malformed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="not an object"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"added_tokens": [{"x": 1}]}),
+        ("tokenizer.json", [1]),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<image>"}}}),
+    ],
+)
+def test_malformed_tokenizer_file(tmp_path: Path, name: str, content: Any) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"{name}' is malformed .*download"):
+        loaded(tmp_path)
+
+
+def test_tokenizer_file_without_added_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": null}')
+    assert loaded(tmp_path).tokens.image_patch == 266
