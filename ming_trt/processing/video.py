@@ -46,6 +46,8 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 def frame_count(part: VideoPart, base: int, pair: int = 2) -> int:
     """The even number of frames to take of `base`. Raises `InputError` where it is not within 2..base."""
+    if base < pair:
+        raise InputError(f"the video offers {base} frame(s) and {pair} are needed: send a longer one, or a picture")
     if part.nframes is not None:
         count = round(part.nframes / pair) * pair
     else:

@@ -75,7 +75,7 @@ def test_any_choice_is_even_ascending_and_inside_the_file(total: int, rate: floa
     try:
         indices = frame_indices(part, total, rate, np.random.default_rng(0))
     except InputError as error:
-        assert "number must lie in" in str(error)
+        assert ("are needed" if total == 1 else "number must lie in") in str(error)
         return
     assert len(indices) % 2 == 0
     assert indices == sorted(indices)
@@ -92,7 +92,6 @@ def test_random_choice_follows_the_seed() -> None:
 @pytest.mark.parametrize(
     ("part", "base"),
     [
-        (VideoPart(), 1),
         (VideoPart(), 3),
         (VideoPart(nframes=6), 5),
         (VideoPart(min_frames=9), 8),
@@ -101,6 +100,11 @@ def test_random_choice_follows_the_seed() -> None:
 def test_a_budget_that_the_file_cannot_meet_is_refused(part: VideoPart, base: int) -> None:
     with pytest.raises(InputError, match=rf"offers {base} frame.*2\.\.{base}"):
         frame_count(part, base)
+
+
+def test_a_single_frame_is_no_video() -> None:
+    with pytest.raises(InputError, match=r"offers 1 frame.*a picture"):
+        frame_count(VideoPart(), 1)
 
 
 def test_pixels_of_a_frame_shrink_with_the_number_of_frames() -> None:
