@@ -67,7 +67,7 @@ def parse_chat(data: bytes) -> ChatRequest:
     """Reads the body of `POST /v1/chat/completions`. Raises `InputError`; what the stages check is left to them."""
     try:
         body = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError("the body is not JSON: send a chat-completions request") from None
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
         raise InputError("the body has no list 'messages': send a chat-completions request")
@@ -152,7 +152,7 @@ def _part(part: Any, media: _Media) -> dict[str, Any]:
         audio = part.get(kind)
         media.audios.append(_decode(kind, audio.get("data") if isinstance(audio, dict) else None))
         return {"type": "audio"}
-    if kind in _URL_PARTS:
+    if isinstance(kind, str) and kind in _URL_PARTS:
         ours, name = _URL_PARTS[kind]
         target = part.get(kind)
         url = target.get("url") if isinstance(target, dict) else target

@@ -130,6 +130,15 @@ def test_what_cannot_be_done_is_refused(body: dict[str, Any]) -> None:
         parse_chat(json.dumps(body).encode())
 
 
+@pytest.mark.parametrize(
+    "body", [b"[" * 200_000, b"\xff", b'{"messages": [{"role": "user", "content": [{"type": ["x"]}]}]}']
+)
+def test_odd_bodies_are_input_errors(body: bytes) -> None:
+    """Anything else would end the connection without an answer."""
+    with pytest.raises(InputError):
+        parse_chat(body)
+
+
 def test_sampling_is_passed_on() -> None:
     body = {"messages": user("x"), "max_completion_tokens": 5, "stop": "a", "top_k": 3, "n": 1, "thinking": True}
     parsed = parse_chat(json.dumps(body).encode())
