@@ -61,6 +61,15 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get("MING_TRT_DEBUG") or error.filename is None:
+            raise
+        typer.echo(
+            f"error: '{error.filename}' cannot be used ({error.strerror}): check the path, its permissions, and the "
+            "room on its disk",
+            err=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

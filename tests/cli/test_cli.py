@@ -62,3 +62,9 @@ def test_a_missing_folder_is_one_sentence(arguments: tuple[str, ...]) -> None:
     assert "/nonexistent" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
+    done = run("mini", "/proc/nothing/mini")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: '/proc/nothing") and done.stderr.count("\n") == 1
