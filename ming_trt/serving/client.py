@@ -341,9 +341,12 @@ class Client:
         return {name: region for name, region in regions.items() if region is not None}
 
     def _explain(self, error: Any) -> MingError:
-        if error.code() == grpc.StatusCode.UNAVAILABLE and "connect" in str(error.details()):
+        details = str(error.details())
+        if error.code() == grpc.StatusCode.UNAVAILABLE and ("connect" in details or "resolving" in details):
             return ServeError(f"no server answers at {self.url}: start one with `ming-trt serve REPO`, or give --url")
-        return _error(str(error.details()))
+        if error.code() == grpc.StatusCode.UNAVAILABLE or "Stream removed" in details:
+            return ServeError(f"the connection to {self.url} broke off ({details}): see whether the server still runs")
+        return _error(details)
 
 
 def _one_turn(
