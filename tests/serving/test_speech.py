@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import threading
 import wave
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from typer.testing import CliRunner
 
 from ming_trt.bundle import Bundle
-from ming_trt.cli import app
 from ming_trt.errors import CancelledError, EngineError, InputError
 from ming_trt.processing.request import parse_request
 from ming_trt.runtime.audio_contract import to_pcm
@@ -27,7 +24,7 @@ from ming_trt.serving.client import Client
 from ming_trt.serving.launch import Server
 
 from .conftest import free_ports
-from .test_image import nobody_works
+from .test_image import nobody_works, run, without_numbers
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 RECORDING = (Path(__file__).parents[2] / "examples" / "speech.wav").read_bytes()
@@ -163,8 +160,8 @@ def test_mixed_scripts(client: Client) -> None:
 
 def test_command_writes_a_sound_file(mini_server: Server, expected: dict[str, Any], tmp_path: Path) -> None:
     arguments = ["ask", "--read", LINE, "--speak", str(tmp_path / "out.wav"), "--seed", "3"]
-    done = CliRunner().invoke(app, [*arguments, "--url", mini_server.grpc_url])
-    assert done.exit_code == 0, done.output
+    done = run(*arguments, "--url", mini_server.grpc_url)
+    assert done.returncode == 0, done.stderr
     with wave.open(str(tmp_path / "out.wav")) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24000)
         assert np.array_equal(np.frombuffer(file.readframes(file.getnframes()), "<i2"), expected["read"])
@@ -173,17 +170,13 @@ def test_command_writes_a_sound_file(mini_server: Server, expected: dict[str, An
 
 def test_command_leaves_nothing_on_failure(mini_server: Server, tmp_path: Path) -> None:
     arguments = ["ask", "--read", "😀", "--speak", str(tmp_path / "out.wav"), "--url", mini_server.grpc_url]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code != 0 and not list(tmp_path.iterdir())
+    done = run(*arguments)
+    assert done.returncode != 0 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("engine", ["talker", "vocoder"])
 def test_bad_numbers_become_an_error_that_names_the_stage(mini_bundle: Path, tmp_path: Path, engine: str) -> None:
-    shutil.copytree(mini_bundle, tmp_path / "bundle")
-    weights = tmp_path / "bundle" / engine / "model.onnx.data"
-    size = weights.stat().st_size
-    weights.write_bytes(np.full(size // 4, np.nan, "<f4").tobytes().ljust(size, b"\0"))
-    assemble(tmp_path / "bundle", tmp_path / "repo")
+    assemble(without_numbers(mini_bundle, tmp_path / "bundle", engine), tmp_path / "repo")
     with (
         Server(tmp_path / "repo", free_ports(), ready_timeout_s=120) as server,
         Client(server.grpc_url) as client,

@@ -29,9 +29,16 @@ class PreprocessStage(Stage):
 
     def answer(self, request: Any) -> dict[str, Array]:
         parsed = parse_request(read_bytes(request, "request")[0])
-        self._refuse_absent(parsed)
         if parsed.lease:
             self.board.renew(parsed.id, parsed.lease)
+        try:
+            return self._arrays(parsed, request)
+        except Exception:
+            self.board.forget(parsed.id)
+            raise
+
+    def _arrays(self, parsed: Request, request: Any) -> dict[str, Array]:
+        self._refuse_absent(parsed)
         files = [read_bytes(request, name) for name in ("images", "videos", "audios")]
         added: dict[str, Array] = {}
         reference = np.zeros((0, 0, 3), np.uint8)
