@@ -15,7 +15,7 @@ and 768 per pair of frames. A folder of frames is read in the order of the names
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -105,8 +105,9 @@ def process_video(
         return process_frames(read_frame_folder(video, part, shape), shape)
     source = _source(video)
     total, rate = count_frames(source)
-    frames = decode_frames(source, frame_indices(part, total, rate, rng))
-    return process_frames(_resize_all(frames, part, shape), shape)
+    indices = frame_indices(part, total, rate, rng)
+    frames = decode_frames(source, indices, lambda frame: _first_pass(frame, len(indices), part, shape))
+    return process_frames(frames, shape)
 
 
 def process_frames(frames: Sequence[Image.Image], shape: PatchShape | None = None) -> VisionInput:
@@ -123,13 +124,14 @@ def process_array(
     """All frames of a video, u8 [n, h, w, 3], to patches, and the indices that were taken."""
     part, shape = part or VideoPart(), shape or PatchShape()
     indices = frame_indices(part, len(raw), frames_per_second)
-    return process_frames(_resize_all([Image.fromarray(raw[i]) for i in indices], part, shape), shape), indices
+    frames = [_first_pass(Image.fromarray(raw[i]), len(indices), part, shape) for i in indices]
+    return process_frames(frames, shape), indices
 
 
-def _resize_all(frames: Sequence[Image.Image], part: VideoPart, shape: PatchShape) -> list[Image.Image]:
-    size = fit(frames[0].height, frames[0].width, *pixel_limits(part, len(frames), shape.frames), shape.factor)
-    pixels = np.stack([image_array(frame) for frame in frames])
-    return [Image.fromarray(frame) for frame in resize_frames(pixels, *size)]
+def _first_pass(frame: Image.Image, frames: int, part: VideoPart, shape: PatchShape) -> Image.Image:
+    """One of `frames` RGB frames after the first resize."""
+    size = fit(frame.height, frame.width, *pixel_limits(part, frames, shape.frames), shape.factor)
+    return Image.fromarray(resize_frames(image_array(frame)[None], *size)[0])
 
 
 def read_frame_folder(folder: Path, part: VideoPart, shape: PatchShape | None = None) -> list[Image.Image]:
@@ -206,15 +208,22 @@ def count_frames(source: bytes | Path) -> tuple[int, float]:
     return total, float((total - 1) / (last - first))
 
 
-def decode_frames(source: bytes | Path, indices: Sequence[int]) -> list[Image.Image]:
-    """The frames of these indices (ascending, repetitions allowed) as RGB pictures of one size."""
-    wanted = set(indices)
-    found = {i: frame for i, frame in _numbered(_decoded(source), max(indices)) if i in wanted}
-    missing = wanted - found.keys()
+def decode_frames(
+    source: bytes | Path, indices: Sequence[int], shrink: Callable[[Image.Image], Image.Image] = lambda frame: frame
+) -> list[Image.Image]:
+    """The frames of these indices (ascending, repetitions allowed) as RGB pictures of one size, each through `shrink`.
+
+    A frame is shrunk as soon as it is decoded, so that only one is held at full size.
+    """
+    wanted, pictures = set(indices), dict[int, Image.Image]()
+    size: tuple[int, int] | None = None
+    for i, frame in _numbered(_decoded(source), max(indices)):
+        if i in wanted:
+            size = size or (frame.height, frame.width)
+            pictures[i] = shrink(resize(frame.to_image(), *size))
+    missing = wanted - pictures.keys()
     if missing:
         raise InputError(f"the video ends before frame {min(missing)}: send an intact file")
-    size = (found[indices[0]].width, found[indices[0]].height)
-    pictures = {i: resize(frame.to_image(), size[1], size[0]) for i, frame in found.items()}
     return [pictures[i] for i in indices]
 
 
