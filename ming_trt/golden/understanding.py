@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ming_trt.errors import MingError
+from ming_trt.errors import CheckpointError, ConfigError, MingError
 from ming_trt.golden.llm_driver import Floats, Ints, LLMDriver
 from ming_trt.golden.session import NotRun, Session
 from ming_trt.golden.tokenizer import ByteTokenizer
@@ -46,6 +46,8 @@ def replay(session: Session) -> None:
         else:
             try:
                 handler(session, case)
+            except (CheckpointError, ConfigError):
+                raise  # of no case: nothing can be replayed
             except MingError as error:
                 session.fail(case["id"], error)
     replay_lists(session)
