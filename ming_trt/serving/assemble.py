@@ -98,6 +98,10 @@ def read_mark(repository: Path) -> RepositoryMark:
             raise ServeError(f"'{file}' has schema {data.get('schema')}, not {SCHEMA}: run `ming-trt repo` again")
         return RepositoryMark(**{**data, "models": tuple(data["models"])})
     except FileNotFoundError:
+        if (repository / bundles.MANIFEST).exists():
+            raise ServeError(
+                f"'{repository}' is a bundle, no model repository: make one of it with `ming-trt repo {repository} -o REPO`"
+            ) from None
         raise ServeError(
             f"no model repository at '{repository}': make one with `ming-trt repo BUNDLE -o {repository}`"
         ) from None
