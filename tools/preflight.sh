@@ -5,6 +5,11 @@ set -u
 
 python_ok() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
+if [ -n "${PYTHON:-}" ] && ! python_ok "$PYTHON"; then
+    echo "PYTHON=$PYTHON is not a Python 3.11 or 3.12 that runs: name another one, or leave PYTHON out" >&2
+    exit 1
+fi
+
 python=""
 for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
     if command -v "$candidate" >/dev/null 2>&1 && python_ok "$candidate"; then python=$candidate; break; fi
