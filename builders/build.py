@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry, tensorrt_build, trtllm
+from builders import registry, trtllm
 from builders.code import code_version, project_version, tool_versions
 from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
 from builders.workspace import CACHE, Hook, Workspace
@@ -138,6 +138,8 @@ def check(options: Options) -> None:
     else:
         registry.check_names(options.only)
         if options.preset.target in TENSORRT:
+            from builders import tensorrt_build
+
             tensorrt_build.check(options.preset, options.only)
     if max(options.tensor_parallel, options.expert_parallel) > 1 and options.preset.target != "tensorrt-llm":
         raise BuildError(
@@ -218,6 +220,8 @@ class _Plan:
         return Step(ASSETS, key, run, output=ASSETS)
 
     def _engine(self, name: str, component: Component) -> list[Step]:
+        # not at the top: a build without changes imports neither torch nor onnx
+        from builders import tensorrt_build
         from builders.component import ExportOptions
         from builders.verify import SEED, verify_component
         from ming_trt.models.weights import check_sources, source_names
@@ -299,6 +303,8 @@ class _Plan:
         """What a plan depends on beside what a graph does; nothing for other targets."""
         if self.preset.target not in TENSORRT:
             return {}
+        from builders import tensorrt_build
+
         settings = tensorrt_build.content_key(self.preset, name, self.options.calibration, self.options.checkpoint)
         return {"tensorrt": settings, "compiler": code_version("builders.tensorrt_build")}
 

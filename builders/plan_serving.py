@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ming_trt.config import MingConfig
 
 # Resident memory of one serving process (Python, numpy, ONNX Runtime), measured.
-_PROCESS = 130 * 2**20
+PROCESS = 130 * 2**20
+# ONNX Runtime's arena grows in large steps and keeps what it has; measured with both encoders at the official widths.
+_ARENA = 1.3
 # A CUDA context with the libraries' kernels, in each process that uses the GPU: an estimate.
 _CONTEXT = 512 * 2**20
 # One captured step: its nodes and launch parameters, for each layer. An estimate; the graphs share one pool.
@@ -56,15 +58,22 @@ class Needs:
         others = (engine for engine in engines if engine is not model)
         items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
         cpu = preset.target == "onnxruntime"
-        items += [Item(f"the activations of {e.name}", e.activation_bytes) for e in engines]
+        items += [
+            Item(f"the activations of {e.name}", working_bytes(e.activation_bytes, preset.target)) for e in engines
+        ]
         stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])
         if cpu:
-            items.append(Item("the processes", _PROCESS * sum(stage.instances for stage in stages)))
+            items.append(Item("the processes", PROCESS * sum(stage.instances for stage in stages)))
         else:
             contexts = sum(stage.instances for stage in stages if stage.component)
             items.append(Item("the CUDA contexts (estimate)", _CONTEXT * contexts))
             items.append(Item("the CUDA graphs (estimate)", _graphs(model, config, preset)))
         return cls(kv, token, tuple(item for item in items if item.size))
+
+
+def working_bytes(activations: int, target: str) -> int:
+    """What an engine takes for `activations` bytes that its definition needs."""
+    return int(activations * _ARENA) if target == "onnxruntime" else activations
 
 
 def _graphs(model: EnginePlan | None, config: MingConfig, preset: Preset) -> int:

@@ -192,7 +192,8 @@ def from_dict(data: Mapping[str, Any], name: str) -> Preset:
         missing = [each for each in wanted if each not in table]
         if missing:
             raise ConfigError(f"gate.{key} of preset '{name}' lacks {', '.join(missing)}: add it")
-        gate[key] = Thresholds(**table)
+        # 80 and 80.0 are one threshold
+        gate[key] = Thresholds(**{name: float(x) if type(x) is int else x for name, x in table.items()})
     values["gate"] = gate
     for key in ("kv_budget", "device_memory"):
         if data.get(key):

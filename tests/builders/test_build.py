@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from builders import build as build_module
+from builders import registry
 from builders.build import Options, Report, build
 from ming_trt import presets
 from ming_trt.bundle import FAILED, NOT_RUN, PASSED, Bundle
@@ -72,6 +75,27 @@ def test_nothing_changed(checkpoint: Path) -> None:
     report = build(options(checkpoint))
     assert set(outcomes(report).values()) == {"NOOP"} and report.ok
     assert (checkpoint.parent / "bundle" / ".journal").read_bytes() == journal
+
+
+def test_a_build_without_changes_needs_nothing_heavy(checkpoint: Path) -> None:
+    """Importing torch takes seconds; deciding that nothing changed must not."""
+    build(options(checkpoint))
+    heavy = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt_rtx")
+    bundle, here = checkpoint.parent / "bundle", Path(__file__).parent
+    code = f"""
+import sys
+from pathlib import Path
+from builders import registry
+sys.path.insert(0, {str(here)!r})
+registry.COMPONENTS = {dict(registry.COMPONENTS)!r}
+from builders.build import Options, build
+from ming_trt import presets
+report = build(Options(Path({str(checkpoint)!r}), Path({str(bundle)!r}), presets.load("cpu-fp32")))
+assert {{str(result.outcome) for result in report.results.values()}} == {{"NOOP"}}, report
+print([name for name in {heavy!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_touched_but_equal(checkpoint: Path) -> None:
@@ -217,7 +241,7 @@ def _set(**changes: Any) -> Callable[[Options], Options]:
         (
             lambda o: replace(o, preset=o.preset.with_options(target="tensorrt")),
             UnavailableError,
-            "target tensorrt has no builder",
+            "target tensorrt needs TensorRT, which is not installed",
         ),
         (
             lambda o: replace(o, preset=o.preset.with_options(precision="alpha=fp32,gamma=fp32")),
