@@ -115,7 +115,7 @@ def test_plan_refuses_what_does_not_fit() -> None:
     [
         (("--preset", "cpu-fp23"), "unknown preset 'cpu-fp23': did you mean 'cpu-fp32'?"),
         (("--target", "tensorr"), "unknown target 'tensorr': did you mean 'tensorrt'?"),
-        (("--target", "tensorrt", "--preset", "cpu-fp32"), "target tensorrt has no builder in this version"),
+        (("--target", "tensorrt", "--preset", "cpu-fp32"), "target tensorrt needs TensorRT, which is not installed"),
         (("--precision", "fp9"), "unknown precision of default 'fp9'"),
         (("--only", "vision"), "there is no component 'vision': did you mean 'vision_encoder'?"),
         (("--max-host-memory", "lots"), "--max-host-memory is 'lots'"),
