@@ -100,7 +100,7 @@ def read_mark(repository: Path) -> RepositoryMark:
     except FileNotFoundError:
         if (repository / bundles.MANIFEST).exists():
             raise ServeError(
-                f"'{repository}' is a bundle, no model repository: make one of it with `ming-trt repo {repository} -o REPO`"
+                f"'{repository}' is a bundle, not a model repository: run `ming-trt repo {repository} -o REPO` first"
             ) from None
         raise ServeError(
             f"no model repository at '{repository}': make one with `ming-trt repo BUNDLE -o {repository}`"
