@@ -208,9 +208,7 @@ def without_numbers(bundle: Path, folder: Path, engine: str) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ming_trt", *arguments], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-m", "ming_trt", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_command_writes_the_picture(mini_server: Server, expected: dict[str, Any], tmp_path: Path) -> None:
