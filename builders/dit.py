@@ -39,6 +39,9 @@ class DiT(MainShardComponent):
 
     name = "dit"
     marker = "transformer/proj_out.weight"
+    # one row per picture, or the output itself: an error there reaches every token, and there is nothing to gain
+    keep_float = ("time_text_embed.", "norm1", "norm_out.", "proj_out.")
+    many_rows = True
 
     def needs(self, config: MingConfig, checkpoint: Checkpoint) -> str | None:
         files = ("transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json")
