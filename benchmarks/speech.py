@@ -1,0 +1,324 @@
+"""Speech at true width with few layers: time to first audio, real-time factor, and flow + vocoder against torch.
+
+    python benchmarks/speech.py [--threads N] [--seconds S] [--steps N]
+
+Both sides run the same runtime (prompt, sampling, chunks, queues); only what computes a step differs: the bundle's
+engines on ONNX Runtime in float32, or the torch modules with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from harness import CACHE, Measurement, Row, Work, against, arguments, cores, finish, interleave, measure_ceiling
+
+from builders import registry
+from builders.build import Options, build
+from builders.code import code_version
+from ming_trt import presets
+from ming_trt.bundle import Bundle
+from ming_trt.checkpoint import Checkpoint
+from ming_trt.config import load_config
+from ming_trt.errors import MingError
+from ming_trt.mini import speech as mini
+from ming_trt.mini import write_mini
+from ming_trt.models import ops
+from ming_trt.processing.s3_bpe import S3Bpe
+from ming_trt.processing.speech_text import Piece
+from ming_trt.processing.talker_prompt import TalkerTokens
+from ming_trt.processing.tokenizer import Tokenizer
+from ming_trt.processing.voice import Voice
+from ming_trt.runtime import talker as talker_runtime
+from ming_trt.runtime.audio_stream import SeamlessStream
+from ming_trt.runtime.detokenizer import STEPS, Detokenizer
+from ming_trt.runtime.engine import Array, Arrays, Engine
+from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
+from ming_trt.runtime.speech import Speech
+from ming_trt.runtime.talker import Talker
+from ming_trt.runtime.voices import Voices
+from ming_trt.speech_config import FlowConfig, TalkerConfig
+
+GOAL = 1.5
+ENGINES = ("talker", *Detokenizer.ENGINES)
+CONCURRENT = (1, 2, 4)
+CODES = 150
+"""Codes of the utterance that flow and vocoder turn into audio: 3 s."""
+CLOSE = 1e-3
+"""Largest difference of a sample; full scale is 1."""
+_TEXT = "Tyler, Lucy, Michelle, we are going to space, and nobody knows when we shall be back."
+_DEPTHS = (
+    "depths: talker 4 layers of 24 and a vocabulary of 1.3 thousand, flow encoder 2 + 1 of 6 + 4, estimator 2 middle "
+    "stages of 12; the vocoder is whole"
+)
+
+
+def main() -> None:
+    options = arguments(
+        str(__doc__),
+        steps={"type": int, "default": 90, "help": "ids that the talker makes for an utterance"},
+    )
+    threads = cores(options.threads)
+    torch.set_num_threads(threads)
+    steps = 60 if options.tiny else options.steps
+    bundle, checkpoint = true_width(options.tiny)
+    facts = {name: bundle.component(name).facts for name in ENGINES}
+    ours: dict[str, Engine] = {
+        name: OnnxRuntimeEngine(bundle.model_path(name), name, threads=threads) for name in ENGINES
+    }
+    modules = torch_modules(checkpoint)
+    eager: dict[str, Engine] = {name: TorchEngine(modules[name], ours[name]) for name in ENGINES}
+    sides = {"ours": ours, "torch eager float32": eager}
+    decoders = {name: Detokenizer(engines, facts) for name, engines in sides.items()}
+    voice = Voices.of_assets(bundle.assets, decoders["ours"].mel).named(None, _TEXT)
+    ceiling = measure_ceiling(threads)
+    goal = 0 if options.tiny else GOAL
+    with caches_in_place():
+        rows = flow_and_vocoder(decoders, voice, options.seconds * 0.5, goal)
+        rows += parts(sides, facts, voice, options.seconds * 0.1)
+        with patch.object(talker_runtime, "MIN_STEPS", steps):  # all utterances get equally long
+            speakers = {name: speaker(sides[name], decoders[name], bundle, facts, steps) for name in sides}
+            rows += concurrent(speakers, voice, options.seconds * 0.4)
+    finish("speech", rows, options, ceiling, "" if options.tiny else f"RTF: seconds for a second of audio; {_DEPTHS}")
+
+
+def true_width(tiny: bool) -> tuple[Bundle, Path]:
+    """The mini checkpoint with a speech path as wide as the official one, and its bundle; made unless it is there."""
+    flow: FlowConfig = mini.FLOW
+    hift, small = mini.HIFT, mini.talker_config
+    talker: Callable[[int, int], TalkerConfig] = small
+    if not tiny:
+        flow = replace(
+            flow, width=512, heads=8, feed_forward=2048, encoder_layers=2, up_layers=1, channels=256, time_dim=1024,
+            mid_stages=2, transformers=4, estimator_heads=8, estimator_head_dim=64, estimator_feed_forward=1024,
+        )  # fmt: skip
+        hift = replace(hift, base=512, f0_width=512)
+
+        def talker(text_vocab: int, thinker_hidden: int) -> TalkerConfig:
+            return replace(
+                small(text_vocab, thinker_hidden), hidden=896, layers=4, heads=14, kv_heads=2, intermediate=4864
+            )
+
+    folder = CACHE / ("speech-tiny" if tiny else "speech")
+    state = json.dumps([code_version(mini.__name__), repr((flow, hift, talker(0, 0)))])
+    mark = folder / "state"
+    if not (mark.is_file() and mark.read_text() == state):
+        if folder.is_dir():
+            raise SystemExit(f"'{folder}' is of another state of the code: remove it")
+        with patch.multiple(mini, FLOW=flow, HIFT=hift, talker_config=talker):
+            write_mini(folder / "checkpoint")
+        mark.write_text(state)
+    if not build(Options(folder / "checkpoint", folder / "bundle", presets.load("mini-cpu"), ENGINES)).ok:
+        raise SystemExit("the speech engines could not be built: their messages stand above")
+    return Bundle.open(folder / "bundle"), folder / "checkpoint"
+
+
+def torch_modules(folder: Path) -> dict[str, torch.nn.Module]:
+    """The definitions with the checkpoint's weights, by engine name."""
+    config, checkpoint = load_config(folder), Checkpoint(folder)
+    return {name: registry.component(name).reference(config, checkpoint).eval() for name in ENGINES}
+
+
+class TorchEngine:
+    """A torch module in the place of an engine: same inputs and outputs, caches written in place."""
+
+    def __init__(self, module: Any, like: Engine) -> None:
+        self.name, self.inputs, self.outputs = like.name, like.inputs, like.outputs
+        self._module = module
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+        into: Mapping[str, Array] | None = None,
+    ) -> Arrays:
+        """See `Engine.run`. What is named in `into` was written by `caches_in_place`."""
+        with torch.inference_mode():
+            values = self._module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.inputs))
+        values = dict(zip(self.outputs, values if isinstance(values, tuple) else (values,), strict=True))
+        into = into or {}
+        for name, array in into.items():
+            if values[name].data_ptr() != array.ctypes.data:
+                raise SystemExit(f"torch left '{name}' outside the cache: the sides would not do the same work")
+        made = [name for name in (self.outputs if outputs is None else outputs) if name not in into]
+        return {**into, **{name: values[name].numpy() for name in made}}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@contextmanager
+def caches_in_place() -> Iterator[None]:
+    """torch without a copy of the cache in every step, as a serious implementation does it."""
+
+    def update(cache: torch.Tensor, rows: torch.Tensor, write_index: torch.Tensor) -> torch.Tensor:
+        start = int(write_index[0])  # here all rows of a batch stand at the same place
+        cache[:, :, start : start + rows.shape[2]] = rows
+        return cache
+
+    with patch.object(ops, "kv_update", update):
+        yield
+
+
+def decode(decoder: Detokenizer, voice: Voice, codes: Array) -> Array:
+    """Audio of `codes` in one part: flow, F0, vocoder."""
+    mel = decoder.to_mel(voice, codes, chunked=False, final=True)
+    noise = decoder.draw(np.random.default_rng(0), mel.shape[1])
+    return decoder.vocode(mel, decoder.pitch(mel), noise).audio
+
+
+def stream(decoder: Detokenizer, voice: Voice, codes: Array) -> Array:
+    """The same in the chunks that are served."""
+    one = SeamlessStream(decoder, voice, np.random.default_rng(0))
+    chunks = [*one.push(codes.tolist()), one.finish()]
+    return np.concatenate(chunks)
+
+
+def check(sounds: Mapping[str, Array]) -> float:
+    """The largest difference of two sides' audio; ends the script if they do not compute the same."""
+    first, *others = sounds.values()
+    error = max(float(np.abs(first - other).max()) for other in others)
+    if not error < CLOSE or np.abs(first).max() < 0.01:
+        raise SystemExit(f"the audio of {list(sounds)} differs by {error:.2g} of full scale: not the same computation")
+    return error
+
+
+def some_codes(decoder: Detokenizer) -> Array:
+    return np.random.default_rng(1).integers(0, decoder.vocabulary, CODES)
+
+
+def flow_and_vocoder(decoders: Mapping[str, Detokenizer], voice: Voice, seconds: float, goal: float) -> list[Row]:
+    """Flow + vocoder over one utterance, at once and in chunks; the goal is for both."""
+    rows = []
+    codes = some_codes(decoders["ours"])
+    for way, run in {"at once": decode, "in chunks": stream}.items():
+        work: dict[str, Work] = {name: partial(run, decoder, voice, codes) for name, decoder in decoders.items()}
+        error = check({name: run(decoder, voice, codes) for name, decoder in decoders.items()})
+        mine, other = interleave(work, seconds / 2, repeats=1, warmup=0).values()
+        row = against(mine, [other], f"flow + vocoder, {CODES / 50:g} s {way}", goal)
+        row.more |= {"RTF": mine.median / (CODES / 50), "its RTF": other.median / (CODES / 50), "error": error}
+        rows.append(row)
+    return rows
+
+
+def parts(
+    sides: Mapping[str, Mapping[str, Engine]], facts: Mapping[str, Mapping[str, Any]], voice: Voice, seconds: float
+) -> list[Row]:
+    """Where the time of one utterance goes: the runs of each engine while it is decoded at once."""
+    rows: list[Row] = []
+    watches = {side: {name: Stopwatch(engine) for name, engine in engines.items()} for side, engines in sides.items()}
+    decoders = {side: Detokenizer(engines, facts) for side, engines in watches.items()}
+    codes = some_codes(decoders["ours"])
+    work: dict[str, Work] = {side: partial(decode, decoder, voice, codes) for side, decoder in decoders.items()}
+    interleave(work, seconds, repeats=1, warmup=0)
+    for name in Detokenizer.ENGINES:
+        runs = STEPS if name == "flow_estimator" else 1
+        mine, other = (
+            Measurement(side, tuple(np.reshape(watch[name].seconds, (-1, runs)).sum(axis=1)))
+            for side, watch in watches.items()
+        )
+        rows.append(against(mine, [other], f"{name}, {runs} run{'s' if runs > 1 else ''} of it"))
+    return rows
+
+
+class Stopwatch:
+    """An engine whose runs are timed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.inputs, self.outputs = engine.name, engine.inputs, engine.outputs
+        self._engine = engine
+        self.seconds: list[float] = []
+
+    def run(self, *feeds: Any, **more: Any) -> Arrays:
+        """See `Engine.run`."""
+        started = time.perf_counter()
+        out = self._engine.run(*feeds, **more)
+        self.seconds.append(time.perf_counter() - started)
+        return out
+
+    def close(self) -> None:
+        """Nothing of its own."""
+
+
+def speaker(
+    engines: Mapping[str, Engine],
+    decoder: Detokenizer,
+    bundle: Bundle,
+    facts: Mapping[str, Mapping[str, Any]],
+    steps: int,
+) -> Speech:
+    """The whole path, as `open_speech` makes it, with an utterance of `steps` ids."""
+    folder = bundle.assets / "talker"
+    codec, entries = Tokenizer.from_checkpoint(folder), S3Bpe(folder / "s3_bpe")
+    tokens = TalkerTokens.of(codec, int(facts["talker"]["text_vocab"]))
+    return Speech(Talker(engines["talker"], entries, tokens, max_steps=steps), decoder, codec, entries)
+
+
+def concurrent(speakers: Mapping[str, Speech], voice: Voice, seconds: float) -> list[Row]:
+    """Talker, flow and vocoder for several requests at once: the time to the first audio and until all is there."""
+    rows = []
+    for count in CONCURRENT:
+        loads = {name: Load(speech, voice, count) for name, speech in speakers.items()}
+        interleave(dict(loads), seconds * count / sum(CONCURRENT), repeats=1, warmup=0)
+        mine, other = loads.values()
+        if mine.audio != other.audio:
+            raise SystemExit(f"the sides spoke {mine.audio:.2f} s and {other.audio:.2f} s: not the same computation")
+        what = f"{count} request{'s' if count > 1 else ''}"
+        peers = list(loads)[1]
+        first = against(Measurement("ours", tuple(mine.first)), [Measurement(peers, tuple(other.first))], "")
+        done = against(Measurement("ours", tuple(mine.done)), [Measurement(peers, tuple(other.done))], "")
+        first.what, done.what = f"first audio, {what}", f"all audio, {what}"
+        for row, own in ((done, mine), (done, other)):
+            row.more["RTF" if own is mine else "its RTF"] = float(np.median(own.done)) * count / own.audio
+        done.more["audio_s"] = mine.audio / count
+        rows += [first, done]
+    return rows
+
+
+class Load:
+    """`count` requests at once; each call adds the seconds until first and last audio of every request."""
+
+    def __init__(self, speech: Speech, voice: Voice, count: int) -> None:
+        self._speech, self._voice, self._count = speech, voice, count
+        self.first: list[float] = []
+        self.done: list[float] = []
+        self.audio = 0.0
+
+    def __call__(self) -> None:
+        lengths = [0.0] * self._count
+        failures: list[MingError] = []
+
+        def ask(number: int) -> None:
+            started, samples = time.perf_counter(), 0
+            try:
+                for chunk in self._speech.speak([Piece(_TEXT, True)], self._voice, seed=number):
+                    if not samples and len(chunk.audio):
+                        self.first.append(time.perf_counter() - started)
+                    samples += len(chunk.audio)
+            except MingError as error:
+                failures.append(error)
+            self.done.append(time.perf_counter() - started)
+            lengths[number] = samples / self._speech.sample_rate
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(self._count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        self.audio = sum(lengths)
+
+
+if __name__ == "__main__":
+    main()
