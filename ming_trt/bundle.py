@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ RUNGS = ("read", "typed", "compiled", "ran", "matches", "measured")
 # Verdicts of the gate. "compiled, not run": the target cannot run where it was built.
 PASSED, FAILED, NOT_RUN, MISSING = "passed", "failed", "compiled, not run", "missing"
 _CHUNK = 1 << 20
+# The end of `manifest.json`: the digest of all that stands before it.
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +143,9 @@ class Manifest:
         }
 
     def to_json(self) -> str:
-        """The text of `manifest.json`; equal manifests give equal text."""
-        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
+        """The text of `manifest.json`, which ends with its own digest; equal manifests give equal text."""
+        body = json.dumps(self.as_dict(), indent=1, ensure_ascii=False).removesuffix("\n}")
+        return f'{body},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
@@ -229,11 +233,13 @@ class Bundle:
         return self.path / self.component(name).model
 
     def damage(self, read: Callable[[int], None] = lambda _: None) -> list[str]:
-        """Compares every file of the manifest with its size and digest. One sentence per damaged file.
+        """Compares every file of the bundle, the manifest too, with its size and digest. One sentence per damaged file.
 
         `read` is told how many bytes were read, every MiB; what it raises ends the check.
         """
         problems = list(self._problems_by_size())
+        if not _is_sealed((self.path / MANIFEST).read_bytes()):
+            problems.append(f"'{MANIFEST}' does not have the digest that it states")
         bad = {problem.split("'")[1] for problem in problems}
         for name, entry in sorted(self.manifest.files.items()):
             if name not in bad and sha256(self.path / name, read) != entry.sha256:
@@ -290,6 +296,12 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(inner, f"{path} › {key}")
     else:
         yield path, value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_sealed(text: bytes) -> bool:
+    """Whether the text of a manifest is, byte by byte, what was written."""
+    seal = _SEAL.search(text)
+    return seal is not None and hashlib.sha256(text[: seal.start()]).hexdigest().encode() == seal[1]
 
 
 def sha256(path: Path, read: Callable[[int], None] = lambda _: None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,27 @@ def test_one_flipped_bit_is_found(folder: Path, name: str) -> None:
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
     assert Bundle.open(folder).check() == [f"'{name}' does not have the digest that the manifest states"]
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(folder: Path) -> None:
+    """What is read from it decides what is loaded: also a change that leaves valid JSON is damage."""
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(BundleError):
+            Bundle.open(folder).require_intact()
+    path.write_bytes(whole)
+    Bundle.open(folder).require_intact()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text.rstrip(), lambda text: text + "\n", lambda text: text.replace("toy", "toj")]
+)
+def test_edited_manifest_is_no_longer_sealed(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "manifest.json"
+    path.write_text(change(path.read_text()))
+    assert Bundle.open(folder).check() == ["'manifest.json' does not have the digest that it states"]
 
 
 def test_stranger_is_found(folder: Path) -> None:

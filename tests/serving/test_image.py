@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ming_trt.bundle import Bundle, sha256
+from ming_trt.bundle import Bundle, Manifest, sha256
 from ming_trt.errors import CancelledError, EngineError, InputError
 from ming_trt.processing.request import parse_request
 from ming_trt.runtime.draw import Painter
@@ -203,7 +204,8 @@ def without_numbers(bundle: Path, folder: Path, engine: str) -> Path:
     weights, manifest = folder / engine / "model.onnx.data", folder / "manifest.json"
     before, size = sha256(weights), weights.stat().st_size
     weights.write_bytes(np.full(size // 4, np.nan, "<f4").tobytes().ljust(size, b"\0"))
-    manifest.write_text(manifest.read_text().replace(before, sha256(weights)))
+    document = json.loads(manifest.read_text().replace(before, sha256(weights)))
+    manifest.write_text(Manifest.from_dict(document).to_json())
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,35 @@ def test_one_flipped_bit_anywhere(whole: Bundle, name: str, place: float, bit: i
     finally:
         flip()
     assert check_files(whole, lambda _: None)
+
+
+def checked(folder: Path) -> list[str]:
+    """What `ming-trt inspect --check` says of it."""
+    try:
+        return Bundle.open(folder).check()
+    except BundleError as error:
+        return [str(error)]
+
+
+def test_one_flipped_byte_in_any_file_of_a_real_bundle(understanding_bundle: Path, tmp_path: Path) -> None:
+    """Every file that a build publishes, the manifest included: `inspect --check` and `serve` find it by name."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(understanding_bundle, folder)
+    names = [name for name in bundles.files_below(folder) if not name.startswith(".")]
+    assert len(names) >= 10 and bundles.MANIFEST in names
+    assemble(folder, tmp_path / "repo")
+    for number, name in enumerate(names):
+        path = folder / name
+        before = path.read_bytes()
+        at = (number + 1) * 7919 % len(before)
+        path.write_bytes(before[:at] + bytes([before[at] ^ 0x5A]) + before[at + 1 :])
+        server = Server(tmp_path / "repo")
+        with pytest.raises(BundleError, match=re.escape(name)):
+            server.start()
+        assert server.run_dir == Path()
+        assert any(name in problem for problem in checked(folder))
+        path.write_bytes(before)
+    assert Bundle.open(folder).check() == []
 
 
 def test_serve_refuses_before_anything_is_started(whole: Bundle, tmp_path: Path) -> None:
