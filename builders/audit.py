@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builders import registry
+from builders import registry, trtllm
 from builders.component import Component, Feeds
 from builders.verify import Array, ComponentReport, run_engine, sample, verify_component
 from ming_trt.bundle import FAILED, PASSED, Bundle
@@ -80,9 +80,10 @@ def audit(
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import load_config
 
-    registry.check_names(names)
+    registry.check_names(tuple(name for name in names if name != trtllm.NAME))
     config, checkpoint = load_config(folder), Checkpoint(folder)
-    chosen = names or tuple(name for name in bundle.manifest.components if name in registry.COMPONENTS)
+    known = (*registry.COMPONENTS, trtllm.NAME)
+    chosen = names or tuple(name for name in bundle.manifest.components if name in known)
     if not chosen:
         raise BundleError(f"bundle '{bundle.path}' has no engine to compare: build it again")
     return [_audit(bundle, config, checkpoint, name, layers, determinism, memory_limit) for name in chosen]
@@ -99,6 +100,8 @@ def _audit(
 ) -> Audit:
     from builders.layers import compare_layers
 
+    if name == trtllm.NAME:
+        return _audit_checkpoint(bundle, config, checkpoint)
     component, entry = registry.component(name), bundle.component(name)
     reason = component.needs(config, checkpoint)
     if reason:
@@ -130,7 +133,30 @@ def _audit(
     return Audit(name, report, found, repetitions, _provenance(bundle, checkpoint, component, config))
 
 
-def _provenance(bundle: Bundle, checkpoint: Checkpoint, component: Component, config: MingConfig) -> str:
+def _audit_checkpoint(bundle: Bundle, config: MingConfig, checkpoint: Checkpoint) -> Audit:
+    """The TensorRT-LLM checkpoint, read back, against the official tensors in bfloat16; its modules are its layers."""
+    from builders.layers import LayerReport
+    from builders.trtllm_verify import verify
+
+    component = trtllm.COMPONENT
+    reason = component.needs(config, checkpoint)
+    if reason:
+        raise BundleError(
+            f"{trtllm.NAME} cannot be compared, since {reason}: give the checkpoint the bundle was built from"
+        )
+    folder = bundle.model_path(trtllm.NAME).parent
+    report = verify(folder, config, checkpoint, bundle.preset.thresholds(trtllm.NAME))
+    # products before the blocks that they are part of: the first that differs is the one to look at
+    modules = sorted(report.outputs, key=lambda output: output.name.startswith("layer "))
+    layers = tuple(
+        LayerReport(m.name, "read back", m.max_abs, m.relative, m.sqnr_db, m.verdict, m.note) for m in modules
+    )
+    return Audit(trtllm.NAME, report, layers, (), _provenance(bundle, checkpoint, component, config))
+
+
+def _provenance(
+    bundle: Bundle, checkpoint: Checkpoint, component: Component | trtllm.LLMCheckpoint, config: MingConfig
+) -> str:
     """A remark if the weight files differ from those the bundle was built from."""
     from ming_trt.models.weights import source_names
 

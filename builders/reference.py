@@ -20,16 +20,25 @@ if TYPE_CHECKING:
     from ming_trt.models.weights import WeightSource
 
 
-def reference(component: Component, config: MingConfig, checkpoint: Checkpoint, memory: int) -> torch.nn.Module | None:
-    """The definition in float32 for `memory` bytes of weights: whole if it fits, else layer by layer, else None.
+def reference(
+    component: Component,
+    config: MingConfig,
+    checkpoint: Checkpoint,
+    memory: int,
+    dtype: torch.dtype | None = None,
+) -> torch.nn.Module | None:
+    """The definition for `memory` bytes of float32 weights: whole if it fits, else layer by layer, else None.
+
+    `dtype` of its weights: float32 by default.
 
     Raises `CheckpointError` for a tensor that is absent or of another shape.
     """
     import torch
 
     whole, streamed = reference_bytes(component, config)
+    dtype = dtype or torch.float32
     if whole <= memory:
-        return component.reference(config, checkpoint)
+        return component.reference(config, checkpoint).to(dtype)
     if streamed > memory:
         return None
     with torch.device("meta"):
@@ -38,10 +47,10 @@ def reference(component: Component, config: MingConfig, checkpoint: Checkpoint, 
     layers = _layers(module)
     for name, source in sources.items():
         if _layer_of(name, layers) is None:
-            _set(module, name, source.load(checkpoint, torch.float32))
+            _set(module, name, source.load(checkpoint, dtype))
     for layer in layers:
         own = {name: source for name, source in sources.items() if _layer_of(name, layers) == layer}
-        _stream(module, layer, own, checkpoint)
+        _stream(module, layer, own, checkpoint, dtype)
     return module.eval()
 
 
@@ -89,13 +98,19 @@ def _set(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
-def _stream(module: torch.nn.Module, layer: str, sources: Mapping[str, WeightSource], checkpoint: Checkpoint) -> None:
+def _stream(
+    module: torch.nn.Module,
+    layer: str,
+    sources: Mapping[str, WeightSource],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+) -> None:
     """Gives `layer` its weights whenever it is called."""
     import torch
 
     def read(_layer: torch.nn.Module, _inputs: Any) -> None:
         for name, source in sources.items():
-            _set(module, name, source.load(checkpoint, torch.float32))
+            _set(module, name, source.load(checkpoint, dtype))
 
     def drop(_layer: torch.nn.Module, _inputs: Any, _result: Any) -> None:
         for name, source in sources.items():

@@ -20,6 +20,7 @@ from builders.fp8 import LARGEST, fake_quantised, weight_scales
 from builders.layers import LayerReport
 from builders.precision import Floats, FP8PerChannel, Scheme, kept, scheme
 from builders.reference import reference
+from builders.twin import against_twin, twin_outputs
 from builders.verify import Array, ComponentReport, available_memory, compare, compare_all, reference_outputs, sample
 from ming_trt.bundle import FAILED, NOT_RUN, PASSED, ComponentEntry
 from ming_trt.errors import EngineError
@@ -63,6 +64,10 @@ def audit_graph(
         component.export(config, checkpoint, Path(folder), options)
         got = run_graph(Path(folder) / MODEL_FILE, feeds)
     report = compare_all(got, expected, thresholds)
+    if isinstance(made, FP8PerChannel):
+        limit = memory_limit or available_memory()
+        plain = twin_outputs(component, config, checkpoint, feeds, list(entry.outputs), limit)
+        report = against_twin(report, got, plain, thresholds)
     reason = f"the plan was compiled, not run; these figures are of its graph in ONNX Runtime, in {floats}"
     layers: tuple[LayerReport, ...] = ()
     remark = tokens_remark(got, expected) + pictures_remark(got, expected)

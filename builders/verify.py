@@ -123,7 +123,7 @@ def reference_outputs(module: torch.nn.Module, feeds: Feeds, names: list[str]) -
 
     with torch.inference_mode():
         result = module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
-    return dict(zip(names, _flatten(result), strict=True))
+    return dict(zip(names, flatten(result), strict=True))
 
 
 def run_engine(model: Path, name: str, feeds: Feeds, threads: int = 0) -> dict[str, Array]:
@@ -177,10 +177,11 @@ def available_memory() -> int:
     raise EngineError("/proc/meminfo does not state MemAvailable: give --max-host-memory")
 
 
-def _flatten(result: Any) -> list[Array]:
+def flatten(result: Any) -> list[Array]:
+    """The tensors of a definition's result, in order, as arrays; floats in float32."""
     if isinstance(result, list | tuple):
-        return [array for item in result for array in _flatten(item)]
+        return [array for item in result for array in flatten(item)]
     if isinstance(result, Mapping):
-        return [array for item in result.values() for array in _flatten(item)]
+        return [array for item in result.values() for array in flatten(item)]
     array: Array = result.detach().float().numpy() if result.is_floating_point() else result.detach().numpy()
     return [array]
