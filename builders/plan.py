@@ -7,18 +7,19 @@ graphs take, peaks of the build, time.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from builders import plan_serving, registry, trtllm
-from builders.headers import HeaderCheckpoint
+from builders.headers import HeaderCheckpoint, completed
 from builders.plan_engine import EnginePlan, Shapes, engine_plan
 from builders.plan_serving import Item, Needs, gib
 from builders.skeleton import checkpoint_folder
 from builders.verify import available_memory
 from ming_trt.config import load_config
-from ming_trt.errors import BuildError
+from ming_trt.errors import BuildError, CheckpointError, ConfigError
 from ming_trt.presets import Preset
 
 __all__ = ["EnginePlan", "Item", "Plan", "gib", "plan"]
@@ -72,8 +73,8 @@ class Plan:
 def plan(
     folder: Path, preset: Preset, only: tuple[str, ...] = (), memory_limit: int = 0, gpus: int = 1, experts: int = 1
 ) -> Plan:
-    """Plans the build of the checkpoint in `folder`, which may consist of config.json and headers (or an index) alone;
-    "official" stands for the sizes of the published one.
+    """Plans the build of the checkpoint in `folder`, which may consist of config.json and headers, an index, or
+    nothing else (then the sizes are those that it asks for); "official" stands for the sizes of the published one.
 
     `memory_limit` bytes of memory to fit into: 0 takes the preset's device memory or, on a CPU target, what this
     machine has free. `gpus`, `experts`: tensor and expert parallel sizes. `Plan.problem` says what does not fit;
@@ -81,7 +82,25 @@ def plan(
     """
     _check_selection(preset, only, gpus, experts)
     with checkpoint_folder(folder) as place:
-        return _plan(str(folder), place, preset, only, memory_limit, (gpus, experts))
+        # before anything else is looked for in a folder that may be anything
+        load_config(place)
+        with completed(place) as (whole, cut):
+            try:
+                made = _plan(str(folder), whole, preset, only, memory_limit, (gpus, experts))
+            except (CheckpointError, ConfigError) as error:
+                # the user's folder, not a stand-in for it
+                raise type(error)(str(error).replace(str(whole), str(folder))) from error
+            engines = (replace(e, reason=e.reason.replace(str(whole), str(folder))) for e in made.engines)
+            made = replace(made, engines=tuple(engines))
+    if not cut:
+        return made
+    note = f"{_some(cut)} cut short after the header: the sizes are right, `ming-trt build` needs the rest"
+    return replace(made, notes=(*made.notes, note))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first name, and how many there are."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def _check_selection(preset: Preset, only: tuple[str, ...], gpus: int, experts: int) -> None:
@@ -138,7 +157,7 @@ def _plan(
         memory_limit=limit,
         seconds=_seconds(here, preset),
         problem=plan_serving.problem(needs, made, limit, preset, config, parallel, shapes),
-        notes=_notes(engines, preset),
+        notes=(*_notes(engines, preset), *_gaps(checkpoint)),
     )
 
 
@@ -163,6 +182,15 @@ def _seconds(engines: list[EnginePlan], preset: Preset) -> float:
         each += _COMPILE_SECONDS
     moved = sum(4 * engine.parameters + 2 * engine.weight_bytes for engine in engines)
     return round(each * len(engines) + moved / _DISK_BYTES_PER_SECOND, 1)
+
+
+def _gaps(checkpoint: HeaderCheckpoint) -> tuple[str, ...]:
+    """What is not there, and what stands in for it."""
+    if checkpoint.guessed:
+        return ("there are no shards and no index: sizes follow from config.json, and nothing was compared with them",)
+    if checkpoint.missing:
+        return (f"{_some(checkpoint.missing)} missing: the sizes of its tensors follow from config.json",)
+    return ()
 
 
 def _notes(engines: list[EnginePlan], preset: Preset) -> tuple[str, ...]:

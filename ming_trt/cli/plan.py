@@ -24,7 +24,7 @@ ming-trt plan folder-with-config-and-index --preset cpu-fp32 --json
 
 
 def command(
-    checkpoint: Path = typer.Argument(..., help="Checkpoint; its config.json and headers, or index, are enough."),
+    checkpoint: Path = typer.Argument(..., help="Checkpoint; its config.json is enough, headers or index are better."),
     preset: str = typer.Option(None, "--preset", help="Name of a preset, or a .toml file. [default: by target]"),
     target: str = typer.Option(None, "--target", help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-llm."),
     precision: str = typer.Option(None, "--precision", help="For all engines (fp32), or per engine (llm=int8,...)."),
@@ -50,6 +50,8 @@ def command(
         typer.echo(json_module.dumps(made.as_dict()))
     else:
         _show(made)
+    for note in made.notes:
+        typer.echo(f"note: {note}", err=True)
     if made.problem:
         typer.echo(f"error: {made.problem}", err=True)
     raise typer.Exit(1 if made.problem else 0)
@@ -90,8 +92,6 @@ def _show(made: Plan) -> None:
     sums.add_row("disk", gib(made.disk_bytes))
     sums.add_row("time", f"about {made.seconds / 60:.0f} min on one core (estimate)")
     out.print(sums)
-    for note in made.notes:
-        out.print(f"note: {note}")
 
 
 def _show_shapes(out: Console, made: Plan) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from builders.build import Options, build
 from builders.plan import plan
@@ -49,30 +53,64 @@ def _written(model: Path) -> int:
     return sum(int(place["length"]) for place in places if place)
 
 
-def headers_only(folder: Path, cut: bool) -> Path:
-    """The golden checkpoint's configuration with its headers (`cut`), or with an index that names tensors only."""
+def reduced(folder: Path, kind: str) -> Path:
+    """The golden checkpoint's configuration, and of its weights the headers, an index, one of two shards, or nothing."""
     folder.mkdir()
     (folder / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
     data = (GOLDEN / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    if cut:
+    names = [name for name in json.loads(data[8 : 8 + length]) if name != "__metadata__"]
+    if kind == "headers":
         (folder / "model.safetensors").write_bytes(data[: 8 + length])
-    else:
-        names = [name for name in json.loads(data[8 : 8 + length]) if name != "__metadata__"]
+    elif kind == "index":
         index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "one of two shards":
+        tensors = load_file(GOLDEN / "model.safetensors")
+        halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
+        files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        save_file(halves[0], folder / files[0])
+        weight_map = {name: file for half, file in zip(halves, files, strict=True) for name in half}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
-@pytest.mark.parametrize("cut", [True, False])
-def test_headers_are_enough(tmp_path: Path, cut: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        ("headers", "model.safetensors is cut short after the header: the sizes are right"),
+        ("index", "model-00001-of-00001.safetensors is missing: the sizes of its tensors follow from config.json"),
+        ("one of two shards", "model-00002-of-00002.safetensors is missing: the sizes of its tensors follow"),
+        ("configuration alone", "there are no shards and no index: sizes follow from config.json"),
+    ],
+)
+def test_less_than_a_checkpoint_is_enough_and_said(tmp_path: Path, kind: str, note: str) -> None:
     whole = plan(GOLDEN, CPU)
-    partial = plan(headers_only(tmp_path / "headers", cut), CPU)
+    assert whole.notes == ()
+    folder = reduced(tmp_path / "part", kind)
+    partial = plan(folder, CPU)
     assert (partial.weight_bytes, partial.parameters) == (whole.weight_bytes, whole.parameters)
     assert [engine.name for engine in partial.engines if not engine.reason] == list(UNDERSTANDING)
-    assert not partial.problem
+    assert not partial.problem and len(partial.notes) == 1 and partial.notes[0].startswith(note)
     with pytest.raises(CheckpointError):
-        build(Options(tmp_path / "headers", tmp_path / "bundle", CPU))
+        build(Options(folder, tmp_path / "bundle", CPU))
+
+
+def test_headers_of_the_folders_beside_are_enough(tmp_path: Path) -> None:
+    """Shapes that configurations do not state (the condition's MLP) come from headers, also of files cut short."""
+    source = GOLDEN.parents[1] / "generation" / "checkpoint"
+    whole = plan(source, CPU)
+    folder = tmp_path / "part"
+    shutil.copytree(source, folder)
+    cut = sorted(folder.rglob("*.safetensors"))
+    for path in cut:
+        length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+        os.truncate(path, 8 + length)
+    before = {path: path.stat().st_size for path in cut}
+    partial = plan(folder, CPU)
+    assert partial.weight_bytes == whole.weight_bytes and partial.source_bytes == whole.source_bytes
+    assert partial.steps == whole.steps and "cut short" in partial.notes[0]
+    assert {path: path.stat().st_size for path in cut} == before
 
 
 def test_cache_by_hand() -> None:
@@ -98,10 +136,9 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.json in"):
         plan(tmp_path, CPU)
     (tmp_path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
-    with pytest.raises(CheckpointError):
-        plan(tmp_path, CPU)
-    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    with pytest.raises(CheckpointError):
-        plan(tmp_path, CPU)
+    for damaged in (b"\x08\0\0\0\0\0\0\0{broken}", b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+            plan(tmp_path, CPU)
     with pytest.raises(BuildError, match="there is no component"):
         plan(GOLDEN, CPU, ("lllm",))
