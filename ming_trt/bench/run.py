@@ -20,6 +20,7 @@ from ming_trt.bench.metrics import Slo, summaries, totals
 from ming_trt.bench.samples import Sample, measure
 from ming_trt.bench.scenarios import Scenario, choose
 from ming_trt.bench.server import ModelCount, ServerView
+from ming_trt.bench.traces import Tracing, summarize_traces
 from ming_trt.errors import InputError, ServeError
 from ming_trt.serving.client import Client
 from ming_trt.serving.graph import ENSEMBLE
@@ -31,6 +32,8 @@ KIND = "ming-trt bench"
 AUTO_RATES = (0.5, 0.8)
 # Triton counts a request only after its last response went out.
 _SETTLE_S = 2.0
+# Requests that count, those of the warm-up, and traced ones ask different questions.
+_STREAMS = 3
 Progress = Callable[[str], None]
 
 
@@ -38,8 +41,9 @@ Progress = Callable[[str], None]
 class Options:
     """What to measure. `rates` None: `AUTO_RATES` of the best closed-loop throughput; empty: none.
 
-    `requests` and `warmup` are per scenario and load; the warm-up is thrown away. `bundle`: what the server serves,
-    for MBU and MFU.
+    `requests` and `warmup` are per scenario and load; the warm-up is thrown away. `traces`: so many further requests
+    are traced by the server, if it can; their latencies are in no other figure. `bundle`: what the server serves, for
+    MBU and MFU.
     """
 
     url: str
@@ -48,6 +52,7 @@ class Options:
     rates: tuple[float, ...] | None = None
     requests: int = 20
     warmup: int = 2
+    traces: int = 5
     max_tokens: int = 32
     seed: int = 0
     slo: Slo = field(default_factory=Slo)
@@ -58,8 +63,9 @@ class Options:
         for name in ("requests", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
-        if self.warmup < 0:
-            raise InputError(f"--warmup is {self.warmup}: give 0 or more")
+        for name in ("warmup", "traces"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} is {getattr(self, name)}: give 0 or more")
         if not self.concurrency and not self.rates:
             raise InputError("there is no load to measure: give --concurrency or --rate")
         if any(value < 1 for value in self.concurrency):
@@ -82,10 +88,11 @@ def run(options: Options, progress: Progress = lambda line: None) -> dict[str, A
             raise InputError(f"no scenario can run: {'; '.join(f'{n}: {why}' for n, why in skipped.items())}")
         # Before the load: afterwards the server's caches would be cold, and while it runs they would compete.
         ceiling = measure_ceiling() if is_local(options.url) else None
+        tracing = Tracing(view)
         points = [
             point
             for scenario in chosen
-            for point in _Scenario(options, client, view, scenario, media, progress).points(model, ceiling)
+            for point in _Scenario(options, client, view, tracing, scenario, media, progress).points(model, ceiling)
         ]
     if not any(point["totals"]["succeeded"] for point in points):
         errors = {sentence for point in points for sentence in point["totals"]["errors"]}
@@ -100,6 +107,7 @@ def run(options: Options, progress: Progress = lambda line: None) -> dict[str, A
         "server": server,
         "manifest": dict(model.manifest) if model else None,
         "ceiling": ceiling.as_dict() if ceiling else None,
+        "traces": ("--traces is 0" if not options.traces else tracing.why_not) or "by the server",
         "points": points,
         "skipped": skipped,
     }
@@ -113,11 +121,12 @@ class _Scenario:
         options: Options,
         client: Client,
         view: ServerView,
+        tracing: Tracing,
         scenario: Scenario,
         media: Mapping[str, Medium],
         progress: Progress,
     ) -> None:
-        self._options, self._client, self._view = options, client, view
+        self._options, self._client, self._view, self._tracing = options, client, view, tracing
         self._scenario, self._media, self._progress = scenario, media, progress
 
     def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> list[dict[str, Any]]:
@@ -154,6 +163,7 @@ class _Scenario:
             "completion_tokens": fmean(sample.completion_tokens for sample in good) if good else 0,
             "metrics": metrics,
             "hops": accounting.as_dict() if accounting else None,
+            "traces": self._traced(load) if good else None,
             "ceiling": None,
             "samples": [sample.as_dict() for sample in samples],
         }
@@ -162,9 +172,22 @@ class _Scenario:
         self._progress(_line(self._scenario.name, load, point))
         return point
 
+    def _traced(self, load: Load) -> dict[str, Any] | None:
+        """What the server's traces tell of further requests at this load; None if it does not trace, `note` if it
+        failed."""
+        count = min(self._options.traces, self._options.requests)
+        if not count or self._tracing.why_not:
+            return None
+        with self._tracing.on():
+            samples, _ = run_load(load, count, self._send(2, count), self._options.seed)
+        try:
+            return summarize_traces(self._tracing.read([sample.id for sample in samples]), samples)
+        except ServeError as error:
+            return {"requests": 0, "rows": [], "total_ms": 0.0, "timeline": None, "note": str(error)}
+
     def _send(self, stream: int, requests: int) -> Callable[[int, float, float], Sample]:
         options = self._options
-        seed = 2 * options.seed + stream
+        seed = _STREAMS * options.seed + stream
         # made now, since it would count as time of the request
         prepared = [self._scenario.request(i, seed, self._media, options.max_tokens) for i in range(requests)]
 
@@ -211,6 +234,7 @@ def _described(options: Options, media: Mapping[str, Medium]) -> dict[str, Any]:
         "rates": "auto" if options.rates is None else list(options.rates),
         "requests": options.requests,
         "warmup": options.warmup,
+        "traces": options.traces,
         "max_tokens": options.max_tokens,
         "seed": options.seed,
         "slo": {

@@ -23,7 +23,8 @@ class Sample:
     each message that brought tokens; `sounds`: (time, seconds of audio) of each that brought sound; `picture`: when the
     finished picture came (0: none). `finished`: when the text was complete; `seconds`: when the stream ended.
     `engine`: queue, prefill and decode by the language model's own clock. `error`: the sentence of a failed request,
-    which then counts as an error and in nothing else.
+    which then counts as an error and in nothing else. `id` names the request on the server; `clock` is the client's
+    clock (`time.perf_counter`) when it was due, for traces by the same clock.
     """
 
     due: float
@@ -38,6 +39,8 @@ class Sample:
     finish_reason: str = ""
     engine: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
+    id: str = ""
+    clock: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -72,11 +75,12 @@ class Sample:
 
 def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock = time.perf_counter) -> Sample:
     """Sends one request and reads its answer. `origin`: the clock's time at the start of the phase."""
-    sample = Sample(due)
-    sample.late = max(0.0, clock() - origin - due)
     zero = origin + due
+    sample = Sample(due, clock=zero)
+    sample.late = max(0.0, clock() - zero)
     try:
         answer = ask()
+        sample.id = answer.id
         for delta in answer:
             now = clock() - zero
             tokens = len(delta.state.get("token_ids") or ())

@@ -87,6 +87,14 @@ class ServerView:
             }
         return {"name": server.name, "version": server.version, "url": self.url, "models": models}
 
+    def trace_settings(self, **change: str) -> dict[str, str]:
+        """Triton's settings of tracing, after `change` (setting -> value) if any is given."""
+        request = pb.TraceSettingRequest()
+        for name, value in change.items():
+            request.settings[name].value.append(value)
+        settings = self._call("TraceSetting", request).settings
+        return {name: ",".join(setting.value) for name, setting in settings.items()}
+
     def _call(self, method: str, request: Any) -> Any:
         try:
             return getattr(self._stub, method)(request, timeout=_TIMEOUT_S)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ming_trt.bench.compare import REPORT, Comparison
-from ming_trt.bench.html import page
 from ming_trt.bench.load import Load
+from ming_trt.bench.page import page
 from ming_trt.errors import InputError
 
 if TYPE_CHECKING:

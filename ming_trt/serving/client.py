@@ -297,6 +297,7 @@ class Client:
         # Without names the server sends what it has: one that cannot draw says so in its own words.
         outputs = ("text", "state") if draw is None and speak is None else ()
         request = infer_request(ENSEMBLE, inputs, outputs, shared)
+        request.id = name.encode("utf-8", "replace").decode()  # by this name Triton's traces and log know it
         return Answer(self, name, request, lease_s, list(regions.values()))
 
     def control(self, op: str, request_id: str, seconds: float = 0.0) -> dict[str, Any]:

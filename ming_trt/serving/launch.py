@@ -224,14 +224,13 @@ class Server:
         if program.bundled:
             # The wheel's server has no GPU back ends; without this it looks for NVML and complains.
             arguments.append("--allow-gpu-metrics=false")
-        if self._trace:
-            file = self.run_dir / "trace.json"
-            arguments += [
-                "--trace-config=mode=triton",
-                f"--trace-config=triton,file={file}",
-                "--trace-config=rate=1",
-                "--trace-config=level=TIMESTAMPS",
-            ]
+        arguments += [
+            # Known, though nothing is traced, the file lets a client switch tracing on for a while (`ming-trt bench`).
+            "--trace-config=mode=triton",
+            f"--trace-config=triton,file={self.run_dir / 'trace.json'}",
+            "--trace-config=rate=1",
+            f"--trace-config=level={'TIMESTAMPS' if self._trace else 'OFF'}",
+        ]
         return arguments
 
     @staticmethod

@@ -92,6 +92,11 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         answer.config.name, answer.config.backend = request.name, "python"
         return answer
 
+    def TraceSetting(self, request: Any, context: Any) -> Any:
+        answer = pb.TraceSettingResponse()
+        answer.settings["trace_mode"].value.append("triton")
+        return answer
+
     def ModelStatistics(self, request: Any, context: Any) -> Any:
         answer = pb.ModelStatisticsResponse()
         with self._lock:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from ming_trt import cli
 from ming_trt.bench import svg
 from ming_trt.bench.compare import compare, read_report
-from ming_trt.bench.html import page, table
+from ming_trt.bench.html import table
+from ming_trt.bench.page import page
 from ming_trt.bench.run import Options, run
 from ming_trt.bench.write import write
 from ming_trt.errors import InputError

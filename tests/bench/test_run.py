@@ -39,7 +39,8 @@ def rows(point: dict[str, Any]) -> dict[tuple[str, str], float]:
         (Delays(prefill=0.06, token=0.005), "text", ("llm", "prefill")),
         (Delays(token=0.02, prefill=0.02), "text", ("llm", "decode")),
         (Delays(postprocess=0.06, token=0.005), "text", ("postprocess", "compute")),
-        (Delays(network=0.06), "text", ("client and network", "")),
+        # longer, since this row also holds what gRPC takes, in two threads of one busy process
+        (Delays(network=0.2), "text", ("client and network", "")),
     ],
 )
 def test_a_delay_is_found_in_its_hop(delays: Delays, scenario: str, hop: tuple[str, str]) -> None:
@@ -47,7 +48,7 @@ def test_a_delay_is_found_in_its_hop(delays: Delays, scenario: str, hop: tuple[s
     (point,) = report["points"]
     slept = fmean(server.slept["network" if hop[0].startswith("client") else " ".join(hop)])
     assert slept >= 55
-    # within 10 %, as the benchmark promises; the network row also holds what gRPC itself takes
+    # within 10 %, as the benchmark promises
     assert rows(point)[hop] == pytest.approx(slept, rel=0.1, abs=FLOOR_MS)
     assert max(rows(point), key=rows(point).__getitem__) == hop
     assert point["hops"]["closes"] and not point["hops"]["note"]
@@ -55,7 +56,8 @@ def test_a_delay_is_found_in_its_hop(delays: Delays, scenario: str, hop: tuple[s
 
 
 def test_latencies_are_those_of_the_server() -> None:
-    report, server = measured(Delays(prefill=0.05, token=0.02), max_tokens=6)
+    # long ones: the first token also waits for gRPC, in two threads of one busy process
+    report, server = measured(Delays(prefill=0.2, token=0.03), max_tokens=6)
     metrics = report["points"][0]["metrics"]
     assert metrics["ttft"]["p50"]["value"] == pytest.approx(fmean(server.slept["llm prefill"]), rel=0.1, abs=FLOOR_MS)
     assert metrics["itl"]["p50"]["value"] == pytest.approx(fmean(server.slept["llm decode"]) / 5, rel=0.1, abs=FLOOR_MS)
@@ -121,6 +123,8 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 def test_report_is_json_and_says_its_conditions() -> None:
     report, _ = measured(Delays())
+    assert report["traces"] == "the server was started without a file for traces"
+    assert report["points"][0]["traces"] is None
     report = json.loads(json.dumps(report))
     assert report["server"]["version"] == "2.51.0"
     assert len(report["server"]["models"]["llm"]["config_sha256"]) == 64
@@ -135,6 +139,7 @@ def test_report_is_json_and_says_its_conditions() -> None:
     [
         ({"requests": 0}, "--requests is 0"),
         ({"warmup": -1}, "--warmup is -1"),
+        ({"traces": -1}, "--traces is -1"),
         ({"concurrency": (), "rates": ()}, "no load"),
         ({"concurrency": (0,)}, "--concurrency has 0"),
         ({"rates": (0.0,)}, "--rate has 0"),
