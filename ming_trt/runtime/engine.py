@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,10 +70,40 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnMemory(Protocol):
+    """What an engine offers besides if it computes in a memory that is not numpy's: arrays that stay there.
+
+    They are fed to this engine, and named in its `into`, in the place of numpy's arrays, and cost no transfer. Nothing
+    else takes them, and only what `DeviceArray` offers can be done with them.
+    """
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...
+
+    def place(self, array: Array) -> Array: ...
+
+
+def zeros(engine: Engine, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Zeros where `engine` computes: for states that it writes in place."""
+    return engine.zeros(shape, dtype) if isinstance(engine, OwnMemory) else np.zeros(shape, dtype)
+
+
+def place(engine: Engine, array: Array) -> Array:
+    """`array` where `engine` computes: for inputs that many runs take unchanged. The array itself, if that is here."""
+    return engine.place(array) if isinstance(engine, OwnMemory) else array
+
+
 def check_call(
-    engine: Engine, feeds: Mapping[str, Array], outputs: Collection[str] | None, into: Mapping[str, Array]
+    engine: Engine,
+    feeds: Mapping[str, Array],
+    outputs: Collection[str] | None,
+    into: Mapping[str, Array],
+    own: tuple[type, ...] = (),
 ) -> None:
-    """What every back end checks before it runs: names, dtypes, ranks and sizes. Raises `EngineError`."""
+    """What every back end checks before it runs: names, dtypes, ranks and sizes. Raises `EngineError`.
+
+    `own` are the types of arrays that it takes besides numpy's.
+    """
     missing, unknown = engine.inputs.keys() - feeds.keys(), feeds.keys() - engine.inputs.keys()
     if missing or unknown:
         names = f"lacks {_names(missing)}" if missing else f"got {_names(unknown)}, which it does not have"
@@ -83,10 +113,10 @@ def check_call(
         raise EngineError(f"engine '{engine.name}' has no output {_names(unknown)}: it has {_names(engine.outputs)}")
     symbols: dict[str, tuple[int, str]] = {}
     for name, spec in engine.inputs.items():
-        _check_array(engine.name, spec, feeds[name], symbols)
+        _check_array(engine.name, spec, feeds[name], symbols, own)
     for name, array in into.items():
-        _check_array(engine.name, engine.outputs[name], array, symbols)
-        if not (array.flags.c_contiguous and array.flags.writeable):
+        _check_array(engine.name, engine.outputs[name], array, symbols, own)
+        if isinstance(array, np.ndarray) and not (array.flags.c_contiguous and array.flags.writeable):
             raise EngineError(f"engine '{engine.name}' cannot write '{name}' in place: its array must be C-contiguous")
 
 
@@ -138,8 +168,10 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def _check_array(stage: str, spec: TensorSpec, array: Array, symbols: dict[str, tuple[int, str]]) -> None:
-    if not isinstance(array, np.ndarray):
+def _check_array(
+    stage: str, spec: TensorSpec, array: Array, symbols: dict[str, tuple[int, str]], own: tuple[type, ...]
+) -> None:
+    if not isinstance(array, (np.ndarray, *own)):
         raise EngineError(f"engine '{stage}' got a {type(array).__name__} for '{spec.name}': give an array, {spec}")
     # Called for every cache array of every step: equal dtypes are mostly one object, which is quicker to see.
     if (array.dtype is not spec.dtype and array.dtype != spec.dtype) or array.ndim != len(spec.shape):

@@ -13,6 +13,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection
+from functools import partial
 from time import perf_counter
 from typing import ParamSpec
 
@@ -21,7 +22,7 @@ import numpy as np
 from ming_trt.errors import CancelledError, EngineError, MingError, UnavailableError
 from ming_trt.processing.tokenizer import CONTEXT_TOKENS
 from ming_trt.runtime.cancel import CancelBoard
-from ming_trt.runtime.engine import Array, Arrays, Engine
+from ming_trt.runtime.engine import Array, Arrays, Engine, zeros
 from ming_trt.runtime.events import (
     ErrorEvent,
     Event,
@@ -61,7 +62,8 @@ class LLM:
         self._board = board
         self._vocabulary = _fixed_size(engine, "logits", -1)
         self._hidden = _fixed_size(engine, "features", -1)
-        self._cache = KVCache(engine.inputs, options.slots, options.max_seq_len, options.kv_budget)
+        in_place = partial(zeros, engine)
+        self._cache = KVCache(engine.inputs, options.slots, options.max_seq_len, options.kv_budget, in_place)
         self._scheduler = Scheduler(self._cache)
         self._inbox: list[Sequence] = []
         self._load = 0

@@ -7,7 +7,8 @@ each array and copies nothing. The capacity T doubles when a sequence outgrows i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,20 @@ def layer_count(inputs: Mapping[str, TensorSpec]) -> int:
 
 class KVCache:
     """Slots for `slots` sequences of at most `max_seq_len` tokens; `budget` bytes is the most it may ever take (0:
-    any).
+    any). `zeros` makes the arrays: those of the engine's own memory, if it has one (`engine.zeros`).
 
     Raises `ConfigError` if the full size would not fit the budget.
     """
 
-    def __init__(self, inputs: Mapping[str, TensorSpec], slots: int, max_seq_len: int, budget: int = 0) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, TensorSpec],
+        slots: int,
+        max_seq_len: int,
+        budget: int = 0,
+        zeros: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.zeros,
+    ) -> None:
+        self._zeros = zeros
         self.slots = slots
         self.max_seq_len = max_seq_len
         self.lengths: list[int] = []
@@ -153,9 +162,9 @@ class KVCache:
         return self._fixed or min(_FIRST_CAPACITY, self.max_seq_len)
 
     def _allocate(self, capacity: int) -> dict[str, Array]:
-        # Zeroed pages are mapped when they are first written: rows that are never used cost no memory.
+        # Numpy's zeroed pages are mapped when they are first written: rows that are never used cost no memory there.
         return {
-            name: np.zeros((self.slots, int(spec.shape[1] or 0), capacity, int(spec.shape[3] or 0)), spec.dtype)
+            name: self._zeros((self.slots, int(spec.shape[1] or 0), capacity, int(spec.shape[3] or 0)), spec.dtype)
             for name, spec in self._specs.items()
         }
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ming_trt.errors import EngineError, UnavailableError
 from ming_trt.runtime.engine import Engine, TensorSpec, open_engine
+from tests.runtime.host_device import open_host_engine
 
 KV, D = 2, 4
 
@@ -21,7 +22,21 @@ def open_onnxruntime(path: Path, **options: Any) -> Engine:
     return open_engine(path, "toy", threads=1, **options)
 
 
-BACK_ENDS: dict[str, Callable[..., Engine]] = {"onnxruntime": open_onnxruntime}
+def open_device(path: Path, **options: Any) -> Engine:
+    """TensorRT's engine class over a device of host memory and ONNX Runtime as its plan: the host's part of it."""
+    return open_host_engine(path, "toy", **options)
+
+
+def open_captured(path: Path, **options: Any) -> Engine:
+    """The same with runs captured as graphs, and caches that the plan copies instead of writing them in place."""
+    return open_host_engine(path, "toy", in_place=False, capture=True, **options)
+
+
+BACK_ENDS: dict[str, Callable[..., Engine]] = {
+    "onnxruntime": open_onnxruntime,
+    "device": open_device,
+    "device, captured": open_captured,
+}
 
 
 def toy(path: Path) -> Path:
