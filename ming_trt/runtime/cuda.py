@@ -2,7 +2,7 @@
 
 The bindings carry the CUDA runtime and find the driver by themselves; no toolkit and no torch. Every function and
 constant used is listed in `CALLS` and `CONSTANTS`, and reached through `Cuda.call` only, so that the list can be
-compared with the installed bindings (`runtime/tensorrt_signatures.py`). Written against cuda-bindings 13.
+compared with the installed bindings (`runtime/signatures.py`). Written against cuda-bindings 13.
 """
 
 from __future__ import annotations

@@ -29,8 +29,11 @@ class CaptureError(EngineError):
 class Queue(Protocol):
     """Work done in order (a CUDA stream), and the memory used through it. For one thread at a time.
 
-    Raises `EngineError` where the driver refuses, from any method: errors of earlier work may show late.
+    `handle` is what a plan's own calls take (a `cudaStream_t` as a number). Raises `EngineError` where the driver
+    refuses, from any method: errors of earlier work may show late.
     """
+
+    handle: int
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes (at least 1) on the device, aligned to `ALIGNMENT`; contents are undefined."""

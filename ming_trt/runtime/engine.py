@@ -145,6 +145,7 @@ def open_engine(
 
     `threads` 0 means one per core this process may use; outputs named in `finite` are checked after every run;
     `shrink_memory` gives working memory back after a run (for engines that run seldom on inputs of many sizes).
+    On a GPU, `threads` means nothing, and engines whose runs are captured as graphs keep their memory.
     Raises `EngineError` if it cannot be loaded, `BundleError` if the bundle lacks it, `UnavailableError` if this
     installation cannot run it.
     """
@@ -158,9 +159,16 @@ def open_engine(
         from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, component, threads=threads, finite=finite, shrink_memory=shrink_memory)
+    why = ""
+    if target in ("tensorrt", "tensorrt-rtx"):
+        from ming_trt.runtime import tensorrt
+
+        why = tensorrt.unavailable(target)
+        if not why and not isinstance(source, Path | str):
+            return tensorrt.open_tensorrt(source, component, finite=finite, shrink_memory=shrink_memory)
+    remedy = "serve it on the machine it was built for, or build the bundle with --target onnxruntime"
     raise UnavailableError(
-        f"engine '{component}' was built for '{target}', which this process cannot run: serve it on the machine it was "
-        "built for, or build the bundle with --target onnxruntime"
+        f"engine '{component}' was built for '{target}', which this process cannot run: {why or remedy}"
     )
 
 

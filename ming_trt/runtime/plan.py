@@ -100,7 +100,7 @@ def check_file(name: str, stamp: Stamp, file: Path, *, digest: bool = False) -> 
     try:
         size = file.stat().st_size
     except OSError:
-        raise EngineError(f"the plan of '{name}' is not at '{file}': build the bundle again") from None
+        raise EngineError(f"the plan of '{name}' has no file '{file}': build the bundle again") from None
     if size != stamp.size:
         raise EngineError(
             f"the plan of '{name}' has {size} bytes instead of {stamp.size}, it was cut or replaced: copy the bundle "

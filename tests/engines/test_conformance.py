@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ming_trt.errors import EngineError, UnavailableError
 from ming_trt.runtime.engine import Engine, TensorSpec, open_engine
+from tests.runtime.fake_tensorrt import open_fake
 from tests.runtime.host_device import open_host_engine
 
 KV, D = 2, 4
@@ -36,6 +37,7 @@ BACK_ENDS: dict[str, Callable[..., Engine]] = {
     "onnxruntime": open_onnxruntime,
     "device": open_device,
     "device, captured": open_captured,
+    "tensorrt's calls": open_fake,
 }
 
 
@@ -224,6 +226,10 @@ class ForeignBundle:
         return type("Entry", (), {"target": "tensorrt"})()
 
 
-def test_an_engine_of_another_target_is_unavailable() -> None:
+def test_an_engine_of_another_target_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> str:
+        raise UnavailableError("there is no NVIDIA driver")
+
+    monkeypatch.setattr("ming_trt.runtime.tensorrt.gpu_capability", absent)
     with pytest.raises(UnavailableError, match="was built for 'tensorrt'"):
         open_engine(ForeignBundle(), "llm")  # type: ignore[arg-type]

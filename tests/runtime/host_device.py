@@ -31,6 +31,7 @@ class HostQueue:
     """See `ming_trt.runtime.device.Queue`. Work is kept and done by `wait`, in order."""
 
     def __init__(self) -> None:
+        self.handle = id(self)
         self.memory: dict[int, tuple[Bytes, int]] = {}
         self.host: dict[int, Bytes] = {}
         self._starts: list[int] = []

@@ -52,7 +52,7 @@ def test_a_cut_or_missing_file_is_refused_without_reading_it(plan: tuple[Path, S
     with pytest.raises(EngineError, match="1699 bytes instead of 1700"):
         check_plan("llm", stamp, file, HERE)
     file.unlink()
-    with pytest.raises(EngineError, match="is not at"):
+    with pytest.raises(EngineError, match="has no file"):
         check_plan("llm", stamp, file, HERE)
 
 
