@@ -17,7 +17,7 @@ from ming_trt.bench.stats import ratio_of_medians
 from ming_trt.models.cost import llm_step
 
 BATCHES = (1, 2, 4, 8)
-GOALS = {4: 2.0}
+TARGETS = {4: 2.0}
 
 
 def main() -> None:
@@ -46,7 +46,8 @@ def main() -> None:
                     ratio.value,
                     ratio.low,
                     ratio.high,
-                    0 if options.tiny else GOALS.get(batch, 0),
+                    0 if options.tiny else TARGETS.get(batch, 0),
+                    spread={"ours": ours.spread, "peer": one.spread},
                     more={
                         "tokens_per_s": batch / ours.median,
                         "allowed_by_reading": batch * sizes[1] / sizes[batch],

@@ -17,7 +17,7 @@ from ming_trt.models.cost import Cost
 from ming_trt.models.weights import load_weights
 from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
-GOAL = 1.3
+TARGET = 1.3
 # Cosine of our rows with torch's float32 ones: the gate of the builds asks for as much.
 CLOSE = 0.99
 
@@ -48,7 +48,7 @@ def compare(
             times[precision],
             [times[peer] for peer in peers],
             f"{what}, {precision}",
-            GOAL if precision == "int8" and not options.tiny else 0,
+            TARGET if precision == "int8" and not options.tiny else 0,
             MFU=cost.flops / times[precision].median / ceiling.float32_flops_per_s,
             cosine=cosines[precision],
             GFLOP=cost.flops / 1e9,

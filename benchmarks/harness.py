@@ -47,10 +47,23 @@ class Measurement:
         """The tenth percentile: what a quiet machine would show, less sensitive to one lucky reading."""
         return float(np.percentile(self.seconds, 10))
 
+    @property
+    def worst(self) -> float:
+        """The 90th percentile."""
+        return float(np.percentile(self.seconds, 90))
+
+    @property
+    def spread(self) -> float:
+        """(90th - 10th percentile) / median."""
+        return (self.worst - self.best) / self.median
+
 
 @dataclass
 class Row:
-    """One line of a result: `ratio` is peer time / our time (above 1: we are faster), with its interval."""
+    """One line of a result: `ratio` is peer time / our time (above 1: we are faster), with its interval.
+
+    `target` is the least ratio that is asked for, `goal` what it aims at, `spread` that of the times of each.
+    """
 
     what: str
     ours_ms: float
@@ -59,13 +72,27 @@ class Row:
     ratio: float = 0.0
     low: float = 0.0
     high: float = 0.0
-    goal: float = 0.0
+    target: float = 0.0
     note: str = ""
     more: dict[str, Any] = field(default_factory=dict)
+    goal: float = 0.0
+    spread: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is reached; None if there is none."""
+        return self.ratio >= self.target if self.target else None
 
     @property
     def verdict(self) -> str:
-        return "" if not self.goal else "reached" if self.ratio >= self.goal else "not reached"
+        """`reached` in words, and whether the goal is."""
+        if self.reached is None:
+            return ""
+        return "goal reached" if self.goal and self.ratio >= self.goal else "reached" if self.reached else "not reached"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "goal": self.goal or self.target, "reached": self.reached, "verdict": self.verdict}
 
 
 def interleave(
@@ -94,14 +121,17 @@ def interleave(
     return {name: Measurement(name, tuple(values)) for name, values in times.items()}
 
 
-def against(ours: Measurement, peers: Sequence[Measurement], what: str, goal: float = 0.0, **more: Any) -> Row:
+def against(
+    ours: Measurement, peers: Sequence[Measurement], what: str, target: float = 0.0, *, goal: float = 0.0, **more: Any
+) -> Row:
     """Ours against the best of `peers`, which is named."""
     best = min(peers, key=lambda peer: peer.median)
     ratio: Estimate = ratio_of_medians(ours.seconds, best.seconds)
     more |= {"best_ms": 1000 * ours.best, "peers_ms": {peer.name: 1000 * peer.median for peer in peers}}
     return Row(
-        what, 1000 * ours.median, best.name, 1000 * best.median, ratio.value, ratio.low, ratio.high, goal, more=more
-    )
+        what, 1000 * ours.median, best.name, 1000 * best.median, ratio.value, ratio.low, ratio.high, target,
+        more=more, goal=goal, spread={"ours": ours.spread, "peer": best.spread},
+    )  # fmt: skip
 
 
 def host_id() -> str:
@@ -142,7 +172,7 @@ def finish(
         "environment": {key: value for key, value in environment().items() if key != "host"},
         "ceiling": ceiling.as_dict() if ceiling else None,
         "note": note,
-        "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
+        "rows": [row.as_dict() for row in rows],
     }
     show(result)
     if not options.tiny:
@@ -163,7 +193,7 @@ def show(result: Mapping[str, Any]) -> None:
             f"multiplies {ceiling['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32"
         )
     console.print(f"{result['benchmark']}: {result['threads']} threads{rates}")
-    table = Table("what", "ours, ms", "peer", "its ms", "ratio", "95 %", "goal", "", "beside", box=None)
+    table = Table("what", "ours, ms", "peer", "its ms", "ratio", "95 %", "at least", "goal", "", "beside", box=None)
     for row in result["rows"]:
         shown = {key: value for key, value in row["more"].items() if isinstance(value, float | int | str)}
         table.add_row(
@@ -173,6 +203,7 @@ def show(result: Mapping[str, Any]) -> None:
             f"{row['peer_ms']:.4g}" if row["peer"] else "",
             f"{row['ratio']:.3g}×" if row["ratio"] else "",
             f"{row['low']:.3g} to {row['high']:.3g}" if row["ratio"] else "",
+            f"{row['target']:g}×" if row["target"] else "",
             f"{row['goal']:g}×" if row["goal"] else "",
             row["verdict"],
             ", ".join(

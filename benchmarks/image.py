@@ -34,7 +34,7 @@ from ming_trt.processing.query import USED
 from ming_trt.runtime.flow_match import F32, FlowMatchSchedule, Guidance, euler_step, initial_noise
 from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
-GOAL = 1.3
+TARGET = 1.3
 # Cosine of the velocities with torch's float32 one, below which candidates do not compute the same.
 CLOSE = 0.99
 LATENT = 64
@@ -86,7 +86,7 @@ def main() -> None:
             times[precision],
             [times[peer] for peer in peers],
             f"a step, 512 x 512, {precision}",
-            GOAL if precision == "int8" and not options.tiny else 0,
+            TARGET if precision == "int8" and not options.tiny else 0,
             GFLOP=flops / 1e9,
             MFU=flops / times[precision].median / ceiling.float32_flops_per_s,
             cosine=cosines[precision],

@@ -76,25 +76,18 @@ class RandomCheckpoint:
         return torch.randn(shape, generator=generator).mul_(fan_in**-0.5).bfloat16()
 
 
-def engine_file(
-    component: MainShardComponent, model: MingConfig, precision: str, many_rows: bool | None = None
-) -> Path:
-    """The ONNX file of `component`, made unless it is there already; `many_rows` overrides the component's own.
+def engine_file(component: MainShardComponent, model: MingConfig, precision: str) -> Path:
+    """The ONNX file of `component`, made unless it is there already.
 
     Its folder is named after all that it depends on: configuration, precision, and the code that makes it.
     """
-    rows = component.many_rows if many_rows is None else many_rows
-    label = json.dumps([component.config_key(model), rows], sort_keys=True, default=str)
+    label = json.dumps([component.config_key(model), component.many_rows], sort_keys=True, default=str)
     key = label + precision + code_version(type(component).__module__)
     folder = CACHE / f"{component.name}-{precision}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     file = folder / "model.onnx"
     if not file.is_file():
         _forget_others(f"{component.name}-{precision}", label)
-        component.many_rows, before = rows, component.many_rows
-        try:
-            component.export(model, RandomCheckpoint(), folder, ExportOptions("onnxruntime", precision))  # type: ignore[arg-type]
-        finally:
-            component.many_rows = before
+        component.export(model, RandomCheckpoint(), folder, ExportOptions("onnxruntime", precision))  # type: ignore[arg-type]
         (folder / "label").write_text(label)
     return file
 

@@ -265,7 +265,7 @@ def _check(path: Path) -> None:
 
 def facts(model: ir.Model) -> dict[str, Any]:
     """What the manifest says of a graph: inputs, outputs, opset, operators (domain:type -> count)."""
-    operators = Counter(f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in model.graph)
+    operators = Counter(f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in model.graph.all_nodes())
     return {
         "inputs": {str(value.name): _describe(value) for value in model.graph.inputs},
         "outputs": {str(value.name): _describe(value) for value in model.graph.outputs},

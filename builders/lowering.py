@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from builders.functions import DOMAIN, MROPE, SPARSE_MOE, remove_unused_bodies
-from builders.quantize import SCHEMES
+from builders.quantize import ACTIVATIONS_BY_BLOCK, SCHEMES
 from builders.tensors import Array, Pieces, StreamedTensor, bound, drop_unused, streamed
 from ming_trt.errors import BuildError
 from ming_trt.models import rope
@@ -29,17 +29,24 @@ def lower(model: ir.Model, precision: str = "fp32", *, keep: Sequence[str] = (),
     of query heads. "fp32":
     `ming::SparseMoE` -> `com.microsoft::MoE`. "int8", "int4": experts and linear layers in so many bits, but for
     weights with one of `keep` in their name; `many_rows` says that a run has dozens of rows at least, so that "int8"
-    quantises activations as well. Raises `BuildError` for another precision.
+    quantises activations as well. "w8a8": activations are quantised too, and each expert multiplies all of its rows at
+    once, but for `ACTIVATIONS_BY_BLOCK`. Raises `BuildError` for another precision.
     """
     from builders import lowering_quantized as quantized
+    from builders.lowering_experts import experts_by_rows
 
-    if precision != "fp32" and precision not in SCHEMES:
-        raise BuildError(f"precision '{precision}' has no lowering for onnxruntime: choose fp32, {', '.join(SCHEMES)}")
+    known = ("fp32", *SCHEMES, "w8a8")
+    if precision not in known:
+        raise BuildError(f"precision '{precision}' has no lowering for onnxruntime: choose {', '.join(known)}")
     _share_rope_tables(model)
     _group_attention(model)
     if precision == "fp32":
         for node in nodes(model, SPARSE_MOE.name):
             _moe(model.graph, node)
+    elif precision == "w8a8":
+        experts_by_rows(model)
+        quantized.quantize_dynamically(model, (*keep, *ACTIVATIONS_BY_BLOCK))
+        quantized.quantize_linears(model, SCHEMES["int8"], keep)
     else:
         quantized.quantize_experts(model, SCHEMES[precision])
         if precision == "int8" and many_rows:
@@ -47,7 +54,7 @@ def lower(model: ir.Model, precision: str = "fp32", *, keep: Sequence[str] = (),
         else:
             quantized.quantize_linears(model, SCHEMES[precision], keep)
     remove_unused_bodies(model)
-    if any(node.domain == CONTRIB for node in model.graph):
+    if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
     return model
 

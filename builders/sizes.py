@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from builders.quantize import SCHEMES, block_for
+from builders.quantize import ACTIVATIONS_BY_BLOCK, SCHEMES, block_for
 
 _SCALE_BYTES = 4
 _PLAIN = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -27,7 +27,11 @@ def weight_bytes(
     if target != "onnxruntime":
         # tables, norms, routers and the projection over the vocabulary stay in bf16
         return count * (2 if table or len(shape) < 2 or "lm_head" in name or "gates" in name else 1)
-    if precision == "int8" and by_column and len(shape) == 2 and not table:
+    if precision == "w8a8":
+        by_column, precision = not any(word in name for word in ACTIVATIONS_BY_BLOCK), "int8"
+    elif len(shape) == 3:
+        by_column = False
+    if precision == "int8" and by_column and len(shape) in (2, 3) and not table:
         return count + _SCALE_BYTES * (count // shape[-1])
     # The two matrices of an expert share a block; the first has its two halves one above the other.
     widths = (shape[-1], shape[-2] // 2) if len(shape) == 3 else (shape[-1],)

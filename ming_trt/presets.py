@@ -16,10 +16,10 @@ from ming_trt.errors import ConfigError
 from ming_trt.resources import engines_dir
 
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "w8a8")
 # What each target's builders can make. A precision that the target lacks is refused before any work.
 TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("fp32", "int8", "int4"),
+    "onnxruntime": ("fp32", "int8", "int4", "w8a8"),
     "tensorrt": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
     "tensorrt-llm": ("bf16", "fp8"),
@@ -109,6 +109,7 @@ DEFAULT_THRESHOLDS: Mapping[str, Thresholds] = {
     "fp8": Thresholds(2e-1, 0.99, 16.0),
     "int8": Thresholds(1e-1, 0.998, 24.0),
     "int4": Thresholds(5e-1, 0.97, 10.0),
+    "w8a8": Thresholds(1e-1, 0.998, 24.0),
 }
 
 

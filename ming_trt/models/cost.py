@@ -44,6 +44,7 @@ BYTES_PER_WEIGHT: Mapping[str, Mapping[str, float]] = {
     "fp8": {**_all(1), ROUTERS: 2.0, HEAD: 2.0},
     # as `builders.quantize.SCHEMES` says; routers and convolutions stay float32
     "int8": {**_all(_Q8), **_FLOATS},
+    "w8a8": {**_all(1), ATTENTION: _Q8, HEAD: _Q8, **_FLOATS},
     "int4": {**_all(_Q4), ATTENTION: _Q8, HEAD: _Q8, **_FLOATS},
 }
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from builders.export import MODEL_FILE, bind_weights, export_graph, save
+from builders.export import MODEL_FILE, bind_weights, export_graph, facts, save
 from builders.functions import translations
 from builders.lowering import CONTRIB, lower
 from builders.quantize import (
@@ -139,6 +139,39 @@ def test_experts(tmp_path: Path, precision: str, sizes: tuple[int, int], normali
         # Activations have 8 bits per block inside: their extreme is about 2.7 deviations, so an operand's error is
         # 2.7/127/sqrt(12) = 0.6 % of it, and three products follow each other. A wrong layout gives 100 %.
         assert relative(got, expected) < 0.025
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_experts_by_rows(tmp_path: Path, normalize: bool) -> None:
+    """One row (most experts have none), some, and one that no expert but two sees."""
+    torch.manual_seed(2)
+    experts, hidden, width = 5, 40, 24
+    real = Experts(experts, hidden, width, normalize)
+    for value in real.parameters():
+        nn.init.normal_(value, std=value.shape[-1] ** -0.5)
+    with torch.device("meta"):
+        module = Experts(experts, hidden, width, normalize)
+        inputs = {"x": torch.zeros(3, hidden), "logits": torch.zeros(3, experts)}
+    model = export_graph(module, inputs, {"x": {0: "N"}, "logits": {0: "N"}}, ["y"], translations())
+    bind(model, real)
+    lower(model, "w8a8")
+    operators = facts(model)["operators"]
+    assert operators["com.microsoft:DynamicQuantizeMatMul"] == 2 * operators["ai.onnx:If"] == 2 * experts
+    with torch.no_grad():
+        for value in real.parameters():
+            for matrix in value:
+                matrix.copy_(torch.from_numpy(column_codes(matrix.numpy()).T * column_scales(matrix.numpy())[:, None]))
+    save(model, tmp_path)
+    session = ort.InferenceSession(str(tmp_path / MODEL_FILE))
+    for rows, skew in ((1, 0.0), (40, 0.0), (7, 50.0)):
+        x, logits = torch.randn(rows, hidden), 2 * torch.randn(rows, experts)
+        logits[:, 1:3] += skew
+        with torch.no_grad():
+            expected = real(x, logits).numpy()
+        got = session.run(None, {"x": x.numpy(), "logits": logits.numpy()})[0]
+        # 8 bits between the extremes of all rows: a step is 1/127 of about 3 deviations, its error 1/sqrt(12) of that,
+        # 0.7 % of an operand, and more where a product of two normal ones has longer tails. A wrong row gives 100 %.
+        assert relative(got, expected) < 0.03
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -228,7 +228,7 @@ def test_half_precision(config: MingConfig, checkpoint: Checkpoint, open_engine:
         assert error < 5e-3, name  # some ten roundings of 2^-11, amplified by the layers
 
 
-@pytest.mark.parametrize(("precision", "floor"), [("int8", 12.0), ("int4", 8.0)])
+@pytest.mark.parametrize(("precision", "floor"), [("int8", 12.0), ("int4", 8.0), ("w8a8", 12.0)])
 def test_quantised_weights(
     config: MingConfig, checkpoint: Checkpoint, open_engine: OpenEngine, precision: str, floor: float
 ) -> None:
