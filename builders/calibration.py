@@ -2,8 +2,8 @@
 
 Samples run through the torch definition in float32 with the weights of one layer, and of its experts only one, in
 memory at a time; what is kept between layers is the residual stream. So a machine with a few GiB calibrates the whole
-model. Ranges are the largest magnitudes seen. An expert that no sample reached has no range of its own; the engine has
-one input scale for all experts of a layer, their maximum, which then covers it too, and `Ranges.unreached` says so.
+model. Ranges are the largest magnitudes seen. The engine has one input scale for all experts of a layer, their maximum.
+An expert that no token chose is measured on the tokens that came nearest to choosing it; `Ranges.unreached` names it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from ming_trt.models.llm import AUDIO, IMAGE, TEXT, DecoderLayer, MoE, weight_ma
 from ming_trt.models.weights import Stack, WeightSource
 
 MODALITIES = {TEXT: "text", IMAGE: "image", AUDIO: "audio"}
+# tokens that stand in for those of an expert that none chose
+_NEAREST = 16
 _STATE, _HIDDEN = "calibration.json", "calibration.pt"
 
 
@@ -171,12 +173,15 @@ def _experts(
     unreached = []
     for e, (first, second) in enumerate(zip(gate_up.sources, down.sources, strict=True)):
         token, place = (experts == e).nonzero(as_tuple=True)
-        if not len(token):
+        reached = len(token) > 0
+        if not reached:
             unreached.append(e)
-            continue
+            token = logits[:, e].topk(min(_NEAREST, len(x))).indices
         gate, up = functional.linear(x[token], first.load(checkpoint, torch.float32)).chunk(2, dim=-1)
         inner = functional.silu(gate) * up
         ranges.see(name, inner)
+        if not reached:
+            continue
         out = functional.linear(inner, second.load(checkpoint, torch.float32))
         total.index_add_(0, token, out * weights[token, place].unsqueeze(-1))
     return total, unreached

@@ -33,14 +33,14 @@ class ExportOptions:
     weight-only schemes of target "onnxruntime".
 
     Of target "tensorrt" alone: `scheme` says how numbers are held and overrides `precision`; `ranges` maps linear
-    layers to the largest magnitude of their inputs, for FP8; `fixed` gives symbols a number; `lowered` names operators
-    that are written in basic ones (`builders/tensorrt_graph.py`).
+    layers to the largest magnitude of their inputs, or one for each range of steps, for FP8; `fixed` gives symbols a
+    number; `lowered` names operators that are written in basic ones (`builders/tensorrt_graph.py`).
     """
 
     target: str = "onnxruntime"
     precision: str = "fp32"
     scheme: Scheme | None = None
-    ranges: tuple[tuple[str, float], ...] = ()
+    ranges: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
     lowered: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from builders.fp8_steps import StepRatios, scaled_after
 from builders.precision import FP8PerChannel, FP8PerTensor, kept
 from builders.tensors import BFLOAT16, Array, StreamedTensor, bound, drop_unused, streamed
 from ming_trt.errors import BuildError
@@ -22,6 +23,8 @@ _CODE = np.dtype(ml_dtypes.float8_e4m3fn)
 # normal numbers: TensorRT may flush smaller ones to 0
 _SMALLEST = {np.dtype(np.float32): 2.0**-126, np.dtype(np.float16): 2.0**-14, BFLOAT16: 2.0**-126}
 FP8 = FP8PerChannel | FP8PerTensor
+# The largest magnitude of an input, or that of each range of steps.
+Range = float | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +58,64 @@ def module_of(weight: str) -> str:
     return weight.removesuffix("_T").removesuffix(".weight")
 
 
-def quantize(model: ir.Model, scheme: FP8, amax: Mapping[str, float]) -> dict[str, str]:
+def quantize(model: ir.Model, scheme: FP8, amax: Mapping[str, Range]) -> dict[str, str]:
     """Quantises the linear layers in place; returns module -> "fp8", or why it was kept.
 
-    `amax` maps modules to the largest magnitude of their inputs. Raises `BuildError` if a layer that is to be quantised
-    has none.
+    `amax` maps modules to the largest magnitude of their inputs, or to those of each range of steps. Raises
+    `BuildError` if a layer that is to be quantised has none.
     """
     verdicts: dict[str, str] = {}
-    cache: dict[tuple[ir.Value, float], ir.Value] = {}
+    cache: dict[tuple[ir.Value, Range], ir.Value] = {}
+    steps = StepRatios(model.graph, scheme.steps) if isinstance(scheme, FP8PerChannel) and scheme.steps else None
     for linear in linears(model):
         reason = kept(str(linear.weight.name))
         verdicts[linear.module] = reason or "fp8"
         if reason:
             continue
-        largest = amax.get(linear.module)
-        if largest is None or not 0 < largest < float("inf"):
-            raise BuildError(
-                f"the inputs of '{linear.module}' have no range ({largest}): calibrate with samples that reach it, or "
-                "keep its component in bf16"
-            )
+        largest = largest_of(amax, linear.module)
         x = linear.node.inputs[0]
         if x is None or x.dtype is None:
             raise BuildError(f"the input of '{linear.node.name}' has no type: the export lost it")
-        key = (x, largest)
+        ratio = steps.value(amax_of_steps(amax, linear.module, scheme), x.dtype) if steps else None
+        key = (x, amax[linear.module])
         if key not in cache:
-            cache[key] = _activation(model.graph, linear, x, largest)
+            cache[key] = _activation(model.graph, linear, x, largest, ratio)
         linear.node.replace_input_with(0, cache[key])
         linear.node.replace_input_with(1, _weight(model.graph, linear, scheme))
+        if ratio is not None:
+            scaled_after(model.graph, linear.node, ratio)
         drop_unused(model.graph, [linear.weight])
     return verdicts
 
 
-def _activation(graph: ir.Graph, linear: Linear, x: ir.Value, largest: float) -> ir.Value:
+def largest_of(amax: Mapping[str, Range], module: str) -> float:
+    """The largest magnitude of what enters `module` in any step. Raises `BuildError` if there is none to scale by."""
+    found = amax.get(module)
+    largest = max(found) if isinstance(found, tuple) else found
+    if largest is None or not 0 < largest < float("inf"):
+        raise BuildError(
+            f"the inputs of '{module}' have no range ({largest}): calibrate with samples that reach it, or "
+            "keep its component in bf16"
+        )
+    return largest
+
+
+def amax_of_steps(amax: Mapping[str, Range], module: str, scheme: FP8) -> tuple[float, ...]:
+    """The magnitudes by range of steps. Raises `BuildError` if they are not as many as the scheme has ranges."""
+    found, count = amax[module], len(scheme.steps) + 1 if isinstance(scheme, FP8PerChannel) else 1
+    if not isinstance(found, tuple) or len(found) != count:
+        raise BuildError(f"the inputs of '{module}' have no magnitude for each of {count} ranges of steps: calibrate")
+    return found
+
+
+def _activation(graph: ir.Graph, linear: Linear, x: ir.Value, largest: float, ratio: ir.Value | None) -> ir.Value:
     base = linear.node.name
+    if ratio is not None:
+        divided = ir.node("Div", [x, ratio], name=f"{base}/StepUnits")
+        divided.outputs[0].name, divided.outputs[0].type = f"{base}/units", x.type
+        divided.outputs[0].shape = x.shape
+        graph.insert_before(linear.node, divided)
+        x = divided.outputs[0]
     scale = _constant(graph, f"{linear.module}.input_scale", np.array(largest / LARGEST, _numpy(x)))
     zero = _constant(graph, "fp8_zero", np.array(0, _CODE))
     quantise = ir.node("QuantizeLinear", [x, scale, zero], name=f"{base}/QuantizeLinear")

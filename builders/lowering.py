@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from builders.functions import DOMAIN, MROPE, SPARSE_MOE, remove_unused_bodies
 from builders.quantize import ACTIVATIONS_BY_BLOCK, SCHEMES
-from builders.tensors import Array, Pieces, StreamedTensor, bound, drop_unused, streamed
+from builders.tensors import Array, StreamedTensor, bound, drop_unused, streamed
 from ming_trt.errors import BuildError
 from ming_trt.models import rope
 
@@ -189,31 +189,50 @@ def constant(graph: ir.Graph, name: str, array: Array | np.float32) -> ir.Value:
     return value
 
 
-def interleaved(gate_up: StreamedTensor) -> Pieces:
-    """The stream of `gate_up` [E, 2I, H] with rows gate 0, up 0, gate 1, up 1, ..., which the contrib kernels want."""
+def interleaved(gate_up: StreamedTensor) -> StreamedTensor:
+    """`gate_up` [E, 2I, H] as the contrib kernels want it: rows gate 0, up 0, gate 1, up 1, ...; experts backwards."""
 
     def pieces() -> Iterator[Array]:
-        for expert in gate_up.rows():
+        for expert in gate_up.rows_backwards():
             half = expert.shape[0] // 2
             yield np.stack((expert[:half], expert[half:]), axis=1).reshape(expert.shape)
 
-    return pieces
+    return StreamedTensor(f"{gate_up.name}_interleaved", pieces, gate_up.dtype, gate_up.shape.numpy())
+
+
+def backwards(stack: StreamedTensor) -> StreamedTensor:
+    """The stack with its last entry first."""
+    return StreamedTensor(f"{stack.name}_backwards", stack.rows_backwards, stack.dtype, stack.shape.numpy())
+
+
+def backwards_logits(graph: ir.Graph, node: ir.Node, logits: ir.Value) -> ir.Value:
+    """The logits of a `SparseMoE` with the last expert first.
+
+    Of experts with equal logits the contrib kernels choose the higher one (seen in 1.32), our definition the lower one:
+    so they get the experts backwards.
+    """
+    experts = static(logits, 1)
+    name = f"experts_backwards_{experts}"
+    order = graph.initializers.get(name)
+    if order is None:
+        order = constant(graph, name, np.arange(experts - 1, -1, -1))
+    turned = ir.node("Gather", [logits, order], {"axis": 1}, name=f"{node.name}/Backwards")
+    turned.outputs[0].name = f"{turned.name}/output_0"
+    turned.outputs[0].type, turned.outputs[0].shape = logits.type, logits.shape
+    graph.insert_before(node, turned)
+    return turned.outputs[0]
 
 
 def _moe(graph: ir.Graph, node: ir.Node) -> None:
     """`MoE` takes logits and does softmax and top-k itself; silu(gate) * up is its SwiGLU with alpha 1 and beta 0."""
-    x, logits, gate_up_value, down = node.inputs
-    if gate_up_value is None or down is None:
+    x, logits, gate_up_value, down_value = node.inputs
+    if logits is None or gate_up_value is None or down_value is None:
         raise BuildError(f"'{node.name}' lacks its weights")
-    source = streamed(gate_up_value)
-    gate_up = bound(
-        graph,
-        StreamedTensor(f"{gate_up_value.name}_interleaved", interleaved(source), source.dtype, source.shape.numpy()),
-    )
+    gate_up, down = bound(graph, interleaved(streamed(gate_up_value))), bound(graph, backwards(streamed(down_value)))
     lowered = ir.Node(
         CONTRIB,
         "MoE",
-        inputs=[x, logits, gate_up, None, down],
+        inputs=[x, backwards_logits(graph, node, logits), gate_up, None, down],
         attributes=[
             ir.AttrInt64("k", node.attributes["top_k"].as_int()),
             ir.AttrInt64("normalize_routing_weights", node.attributes["normalize"].as_int()),
@@ -225,7 +244,7 @@ def _moe(graph: ir.Graph, node: ir.Node) -> None:
         name=(node.name or "").replace(SPARSE_MOE.name, "MoE"),
     )
     replace(graph, node, lowered)
-    drop_unused(graph, [gate_up_value])
+    drop_unused(graph, [gate_up_value, down_value])
 
 
 def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from builders.functions import SPARSE_MOE
-from builders.lowering import CONTRIB, interleaved, nodes, replace
+from builders.lowering import CONTRIB, backwards, backwards_logits, interleaved, nodes, replace
 from builders.quantize import (
     BLOCKS,
     WeightOnly,
@@ -73,9 +73,8 @@ def _qmoe(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     if gate_up_value is None or down_value is None or logits is None:
         raise BuildError(f"'{node.name}' lacks its weights")
     gate_up, down = streamed(gate_up_value), streamed(down_value)
-    experts, double, hidden = gate_up.shape.numpy()
-    rows = StreamedTensor(f"{gate_up.name}_interleaved", interleaved(gate_up), gate_up.dtype, (experts, double, hidden))
-    block = block_for(hidden, down.shape.numpy()[2])
+    block = block_for(gate_up.shape.numpy()[2], down.shape.numpy()[2])
+    logits = backwards_logits(graph, node, logits)
     attributes = [
         ir.AttrInt64("k", node.attributes["top_k"].as_int()),
         ir.AttrInt64("normalize_routing_weights", node.attributes["normalize"].as_int()),
@@ -89,7 +88,7 @@ def _qmoe(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     if block is not None:
         attributes.append(ir.AttrInt64("block_size", block))
     inputs: list[ir.Value | None] = [x, logits]
-    for tensor in (rows, down):
+    for tensor in (interleaved(gate_up), backwards(down)):
         codes, scales = _stack(tensor, bits, block)
         inputs += [bound(graph, codes), bound(graph, scales), None]
     if not node.attributes["normalize"].as_int():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from builders import tensorrt_api as api
 from ming_trt.errors import BuildError
@@ -26,10 +26,13 @@ class Floats:
 class FP8PerChannel:
     """E4M3 for linear layers: one weight scale per output, one static scale per input; the rest in `floats`.
 
-    Explicit Q/DQ. TensorRT multiplies in FP8 and scales the sum, so the finer weight scales cost nothing.
+    Explicit Q/DQ. TensorRT multiplies in FP8 and scales the sum, so the finer weight scales cost nothing. So do routed
+    experts (`builders/fp8_experts.py`). `steps` are bounds of the denoiser's `time` between which inputs have a scale
+    of their own (`builders/fp8_steps.py`); none = one scale for all.
     """
 
     floats: str = "bf16"
+    steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     # its MoE kernels take one weight scale per expert
     "tensorrt-llm": {"bf16": Floats("bf16"), "fp8": FP8PerTensor()},
 }
+# Engines whose inputs differ from step to step: bounds of `time`. With the published schedule (shift 3) each range has
+# a quarter of the steps.
+STEP_BOUNDS: Mapping[str, tuple[float, ...]] = {"dit": (500.0, 750.0, 900.0)}
 # Parts of names of weights that stay in the scheme's floats, and why.
 KEPT: Mapping[str, str] = {
     r"\.gates\.": "routers choose experts: an error there is not small",
@@ -79,7 +85,8 @@ def scheme(target: str, component: str, precision: str) -> Scheme:
     reason = _REFUSED.get((component, precision))
     if reason and target in api.TARGETS:
         raise BuildError(f"precision of {component} is {precision}: {reason}")
-    return known[precision]
+    found = known[precision]
+    return replace(found, steps=STEP_BOUNDS.get(component, ())) if isinstance(found, FP8PerChannel) else found
 
 
 def kept(weight: str) -> str:

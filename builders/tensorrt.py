@@ -78,6 +78,8 @@ def compile_plan(
     node, and where the log is; also for a warning that means another computation than the graph's.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # the child has another working directory
+    model, folder = model.resolve(), folder.resolve()
     shapes = [phase.shapes(inputs) for phase in phases]
     plan, log, result, progress = (folder / name for name in (PLAN_FILE, LOG_FILE, ".result.json", ".progress"))
     for stale in (plan, log, result, progress):
@@ -132,6 +134,12 @@ def expect_layers(built: Built, operators: Mapping[str, int], component: str) ->
                 f"the plan of {component} has {got} layers {name} where the graph has {count} such nodes: its parser "
                 "took them apart; see the log"
             )
+    ours = sum(count for name, count in operators.items() if name.startswith("ming:"))
+    if 0 < (got := built.layers.get("PLUGIN_V3", 0)) < ours:
+        raise BuildError(
+            f"the plan of {component} has {got} plugin layers where the graph has {ours} nodes that plugins serve: the "
+            "library lacks one; build plugins/ of this version"
+        )
     ropes = 2 * operators.get("ming:MRope", 0) + operators.get("ai.onnx:RotaryEmbedding", 0)
     rotary = built.layers.get("ROTARY_EMBEDDING", 0)
     if not built.layers.get("PLUGIN_V3", 0) and rotary < ropes:

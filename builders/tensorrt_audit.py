@@ -10,31 +10,26 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from builders.component import Component, ExportOptions, Feeds
 from builders.export import MODEL_FILE
-from builders.fp8 import LARGEST, fake_quantised, weight_scales
+from builders.fp8_errors import at_times, linear_errors, linears_of, read_amax
 from builders.layers import LayerReport
 from builders.precision import Floats, FP8PerChannel, Scheme, kept, scheme
 from builders.reference import reference
 from builders.twin import against_twin, twin_outputs
-from builders.verify import Array, ComponentReport, available_memory, compare, compare_all, reference_outputs, sample
+from builders.verify import Array, ComponentReport, available_memory, compare_all, reference_outputs, sample
 from ming_trt.bundle import FAILED, NOT_RUN, PASSED, ComponentEntry
 from ming_trt.errors import EngineError
 from ming_trt.presets import Thresholds
 
 if TYPE_CHECKING:
-    import torch
-
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
 
-# Of one linear layer against the same layer in float32. Two operands of three mantissa bits give about 28 dB.
-LINEAR_FLOOR_DB = 25.0
-_LINEAR = Thresholds(1.0, 0.99, LINEAR_FLOOR_DB)
 # Of the tokens whose best logit leads by more than the largest error: they may not change.
 MIN_AGREEMENT = 0.99
 
@@ -58,7 +53,7 @@ def audit_graph(
     feeds = _all_tokens(sample(component, config))
     expected = reference_outputs(module, feeds, list(entry.outputs))
     calibrated = entry.facts.get("calibration", {})
-    amax = {str(name): float(value) for name, value in calibrated.get("input_amax", {}).items()}
+    amax = read_amax(calibrated)
     options = ExportOptions("tensorrt", entry.precision, twin, ranges=tuple(sorted(amax.items())))
     with tempfile.TemporaryDirectory(prefix="ming-trt-graph-") as folder:
         component.export(config, checkpoint, Path(folder), options)
@@ -72,10 +67,13 @@ def audit_graph(
     layers: tuple[LayerReport, ...] = ()
     remark = tokens_remark(got, expected) + pictures_remark(got, expected)
     if isinstance(made, FP8PerChannel):
-        layers = linear_errors(module, feeds, amax)
+        layers = linear_errors(module, feeds, at_times(amax, made, feeds))
         out = sorted({why for name in linears_of(module) if (why := kept(f"{name}.weight"))})
-        remark += f"{len(layers)} linear layers in FP8; calibrated with {calibrated.get('samples', 'unknown samples')}"
+        remark += f"{len(layers)} linear layers and stacks of experts in FP8; "
+        remark += f"calibrated with {calibrated.get('samples', 'unknown samples')}"
         remark += f"; kept out: {'; '.join(out)}" if out else ""
+        unreached = sum(len(experts) for experts in calibrated.get("unreached_experts", {}).values())
+        remark += f"; {unreached} experts that no sample chose were measured on the nearest tokens" if unreached else ""
     bad = any(layer.verdict != PASSED for layer in layers)
     problem = tokens_problem(got, expected)
     reason += f"; {problem}" if problem else ""
@@ -116,44 +114,6 @@ def run_graph(model: Path, feeds: Feeds) -> dict[str, Array]:
     except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
         text = " ".join(str(error).split())[:400]
         raise EngineError(f"ONNX Runtime cannot run the graph '{model}' ({text})") from error
-
-
-def linears_of(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of a definition by name."""
-    import torch
-
-    return {name: inner for name, inner in module.named_modules() if isinstance(inner, torch.nn.Linear)}
-
-
-def linear_errors(module: torch.nn.Module, feeds: Feeds, amax: Mapping[str, float]) -> tuple[LayerReport, ...]:
-    """Each layer that FP8 takes, on the input it gets in float32: its product in FP8 against the exact one."""
-    import torch
-
-    reports: dict[str, LayerReport] = {}
-
-    def hook(name: str, layer: torch.nn.Linear) -> Any:
-        def measure(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
-            x = inputs[0].detach().numpy().reshape(-1, layer.in_features)
-            weight = layer.weight.detach().numpy()
-            exact = x @ weight.T
-            scales = weight_scales(weight, 0, True)[:, None]
-            rounded = fake_quantised(x, amax[name] / LARGEST) @ fake_quantised(weight, scales).T
-            found = compare(name, rounded, exact, _LINEAR)
-            numbers = (found.max_abs, found.relative, found.sqnr_db, found.verdict, found.note)
-            reports[name] = LayerReport(name, "FP8", *numbers)
-
-        return layer.register_forward_hook(measure)
-
-    handles = [
-        hook(name, layer) for name, layer in linears_of(module).items() if name in amax and not kept(f"{name}.weight")
-    ]
-    try:
-        with torch.inference_mode():
-            module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(reports.values())
 
 
 def token_agreement(got: Array, expected: Array) -> tuple[float, int, float]:

@@ -12,7 +12,7 @@ from builders import fp8_ranges
 from builders import tensorrt_api as api
 from builders.component import Component, ExportOptions
 from builders.export import DATA_FILE, MODEL_FILE
-from builders.precision import Floats, scheme
+from builders.precision import Floats, FP8PerChannel, scheme
 from builders.tensorrt import PLAN_FILE, Settings, compile_plan, expect_layers
 from builders.tensorrt_profiles import fixed_sizes, phases
 from builders.verify import ComponentReport
@@ -87,8 +87,10 @@ def with_ranges(
     if options.scheme is None or isinstance(options.scheme, Floats):
         return options, {}
     samples = fp8_ranges.choose(component.name, calibration, checkpoint.root)
-    found = fp8_ranges.ranges(component, config, checkpoint, samples, calibration, scratch)
-    return replace(options, ranges=tuple(sorted(found.items()))), {"samples": samples.what, "input_amax": found}
+    bounds = options.scheme.steps if isinstance(options.scheme, FP8PerChannel) else ()
+    found = fp8_ranges.ranges(component, config, checkpoint, samples, calibration, scratch, bounds)
+    facts = {"samples": samples.what, **found.facts, "input_amax": dict(found.amax)}
+    return replace(options, ranges=tuple(sorted(found.amax.items()))), facts
 
 
 def export_and_compile(

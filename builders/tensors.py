@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from ming_trt.errors import BuildError
+from ming_trt.models.weights import Stack
 
 if TYPE_CHECKING:
     from ming_trt.checkpoint import Checkpoint
@@ -55,6 +57,13 @@ class StreamedTensor(ir.LazyTensor):
         if count != math.prod(dims):
             raise BuildError(f"'{self.name}' came with {count} elements, but the graph declares {list(dims)}")
 
+    def rows_backwards(self) -> Iterator[Array]:
+        """`rows`, the last one first. A stack of the checkpoint is read in that order, anything else as a whole."""
+        if isinstance(self.pieces, StackPieces):
+            yield from StreamedTensor(str(self.name), self.pieces.backwards(), self.dtype, self.shape.numpy()).rows()
+        else:
+            yield from self.numpy()[::-1]
+
     def rows(self) -> Iterator[Array]:
         """The entries along axis 0 one by one, each of shape `shape[1:]`, whatever the pieces are."""
         shape = self.shape.numpy()[1:]
@@ -82,14 +91,32 @@ class StreamedTensor(ir.LazyTensor):
 
 def weight_pieces(source: WeightSource, checkpoint: Checkpoint, precision: str = "fp32") -> Pieces:
     """The stream of a checkpoint source, converted to `precision`."""
+    if isinstance(source, Stack):
+        return StackPieces(source, checkpoint, precision)
+    return lambda: _converted(source, checkpoint, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class StackPieces:
+    """The stream of a stack, which can also be had from its end."""
+
+    source: Stack
+    checkpoint: Checkpoint
+    precision: str
+
+    def __call__(self) -> Iterable[Array]:
+        return _converted(self.source, self.checkpoint, self.precision)
+
+    def backwards(self) -> StackPieces:
+        """The last entry first."""
+        return replace(self, source=Stack(self.source.sources[::-1]))
+
+
+def _converted(source: WeightSource, checkpoint: Checkpoint, precision: str) -> Iterator[Array]:
     dtype = TORCH_DTYPES[precision]
-
-    def pieces() -> Iterator[Array]:
-        for piece in source.pieces(checkpoint, dtype):
-            # numpy has no bfloat16 of its own: the same bits under the type that onnx uses
-            yield piece.view(torch.uint16).numpy().view(BFLOAT16) if dtype is torch.bfloat16 else piece.numpy()
-
-    return pieces
+    for piece in source.pieces(checkpoint, dtype):
+        # numpy has no bfloat16 of its own: the same bits under the type that onnx uses
+        yield piece.view(torch.uint16).numpy().view(BFLOAT16) if dtype is torch.bfloat16 else piece.numpy()
 
 
 def weight_streams(

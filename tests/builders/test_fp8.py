@@ -166,12 +166,14 @@ def test_samples_can_be_replaced(tmp_path: Path) -> None:
 
 
 def test_ranges_of_the_language_model_are_renamed() -> None:
-    names = ("attention.qkv", "attention.dense", "mlp.shared_expert.fc", "mlp.shared_expert.proj")
+    names = ("attention.qkv", "attention.dense", "mlp.shared_expert.fc", "mlp.shared_expert.proj", "mlp.fc", "mlp.proj")
     found = {f"transformer.layers.0.{name}": float(k) for k, name in enumerate(names)}
     renamed = by_module(found, 1, "transformer.layers.{}.")
     assert (
         renamed["layers.0.mlp.shared_experts.up_proj"] == 2.0 and renamed["layers.0.attention.query_key_value"] == 0.0
     )
+    # one scale for all experts of a layer
+    assert renamed["layers.0.mlp.gate_up"] == 4.0 and renamed["layers.0.mlp.down"] == 5.0
 
 
 def test_figures_of_tokens_and_pictures() -> None:

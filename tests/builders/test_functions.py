@@ -100,6 +100,31 @@ def test_experts(
             np.testing.assert_allclose(got, expected.numpy(), atol=2e-5 * float(expected.abs().max() + 1))
 
 
+@pytest.mark.parametrize("target", ["body", "fp32", "int8"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_of_experts_with_equal_logits_the_lower_one_is_chosen(tmp_path: Path, target: str, normalize: bool) -> None:
+    """Three kinds of logits over 40 experts: every token ties at the edge of its choice, in each form of the operator.
+    The host reference and the kernels: tests/plugins/test_moe.py."""
+    experts, hidden, width, top_k = 40, 16, 16, 5
+    torch.manual_seed(0)
+    weights = {"gate_up": torch.randn(experts, 2 * width, hidden), "down": torch.randn(experts, hidden, width)}
+    x, logits = torch.randn(30, hidden), torch.randint(-1, 2, (30, experts)).float()
+    chosen, _ = ops.route(logits, top_k, normalize)
+    by_rule = [sorted(range(experts), key=lambda e: (-row[e], e))[:top_k] for row in logits.tolist()]
+    assert chosen.tolist() == by_rule
+    with torch.device("meta"):
+        module = Experts(experts, hidden, width, top_k, normalize)
+    model = export_experts(module, weights)
+    if target != "body":
+        lower(model, target)
+    add_bodies(model)
+    got = run(model, tmp_path, {"x": x.numpy(), "logits": logits.numpy()})[0]
+    expected = ops.sparse_moe(x, logits, weights["gate_up"], weights["down"], top_k, normalize).numpy()
+    # other experts give another output altogether; int8 rounds weights and activations
+    error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert error.max() < (0.05 if target == "int8" else 1e-5)
+
+
 @pytest.mark.parametrize("kind", ROPE_KINDS)
 def test_rope(tmp_path: Path, kind: str) -> None:
     with torch.device("meta"):
