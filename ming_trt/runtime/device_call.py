@@ -51,14 +51,17 @@ class Layout:
 
 def choose_profile(stage: str, profiles: Sequence[Mapping[str, Range]], shapes: Mapping[str, Shape]) -> int:
     """Index of the first profile that takes the shapes. Raises `EngineError`: the input that the closest one (with the
-    fewest inputs outside) does not take, its value, and the limits."""
+    fewest inputs outside, and those by least) does not take, its value, and the limits."""
     misfits: list[list[str]] = []
     for index, profile in enumerate(profiles):
         outside = [name for name, limit in profile.items() if not _within(shapes[name], limit)]
         if not outside:
             return index
         misfits.append(outside)
-    nearest = min(range(len(profiles)), key=lambda index: len(misfits[index]))
+    nearest = min(
+        range(len(profiles)),
+        key=lambda i: (len(misfits[i]), max(_excess(shapes[name], profiles[i][name]) for name in misfits[i])),
+    )
     name = misfits[nearest][0]
     limit = profiles[nearest][name]
     few = f" (profile {nearest + 1} of {len(profiles)})" if len(profiles) > 1 else ""
@@ -70,6 +73,14 @@ def choose_profile(stage: str, profiles: Sequence[Mapping[str, Range]], shapes: 
 
 def _within(shape: Shape, limit: Range) -> bool:
     return all(low <= size <= high for low, size, high in zip(limit.low, shape, limit.high, strict=True))
+
+
+def _excess(shape: Shape, limit: Range) -> float:
+    """By what factor the worst size is outside."""
+    return max(
+        max(size / max(1, high), low / max(1, size))
+        for low, size, high in zip(limit.low, shape, limit.high, strict=True)
+    )
 
 
 class _Arena:
@@ -155,7 +166,7 @@ def _at(array: DeviceArray) -> Place:
 def _check(stage: str, name: str, array: DeviceArray) -> None:
     if not array.contiguous:
         raise EngineError(f"engine '{stage}' cannot use the device array for '{name}': it has gaps, pass whole rows")
-    if array.size and array.address % ALIGNMENT:
+    if array.address % ALIGNMENT:
         raise EngineError(
             f"engine '{stage}' cannot use the device array for '{name}': it starts at a multiple of "
             f"{array.address & -array.address} bytes, and TensorRT asks for {ALIGNMENT}"

@@ -120,6 +120,8 @@ class DeviceEngine:
         self._contexts: dict[int, Context] = {}
         self._shapes: dict[int, dict[str, Shape]] = {}
         self._scratch: Block | None = None
+        # what each context was told last
+        self._told: dict[int, tuple[int, int]] = {}
         self._in, self._out = _Buffer(queue), _Buffer(queue)
         unknown = set(self._finite) - self.outputs.keys()
         if unknown:
@@ -237,8 +239,6 @@ class DeviceEngine:
         if profile not in self._contexts:
             self._contexts[profile] = plan.context(profile, self._queue)
             self._queue.wait()
-            if self._scratch is not None:
-                self._contexts[profile].set_scratch(self._scratch.address, self._scratch.size)
         return self._contexts[profile]
 
     def _set_shapes(self, context: Context, profile: int, shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -333,10 +333,12 @@ class DeviceEngine:
         self._out.reserve(call.layout.arena_out, call.host_out)
         needed = plan.scratch(call.profile)
         if self._scratch is None or needed > self._scratch.size:
-            self._scratch = None
+            self._scratch = None  # first: the old memory may be what the new one is made of
             self._scratch = Block(self._queue, needed)
-            for context in self._contexts.values():
-                context.set_scratch(self._scratch.address, self._scratch.size)
+        scratch = (self._scratch.address, self._scratch.size)
+        if self._told.get(call.profile) != scratch:
+            self._contexts[call.profile].set_scratch(*scratch)
+            self._told[call.profile] = scratch
 
     def _bases(self) -> tuple[int, ...]:
         """Addresses that a captured graph holds besides those of the caller's arrays."""

@@ -40,13 +40,14 @@ def enum(name: str, *members: str) -> Any:
 
 class Module(SimpleNamespace):
     """The module. `ranges` are the profiles of plans to come, `in_place` whether their caches are; `changes` replaces
-    answers of the engine: "get_tensor_location" -> function of its arguments."""
+    answers of the engine: "get_tensor_location" -> function of its arguments. `like` gives its enumerations."""
 
     def __init__(
         self,
         ranges: Any = None,
         in_place: bool = True,
         changes: Mapping[str, Callable[..., Any]] | None = None,
+        like: Module | None = None,
     ) -> None:
         super().__init__(
             __version__=VERSION,
@@ -60,6 +61,8 @@ class Module(SimpleNamespace):
             deserialised=[],
             loaded=[],
         )
+        if like is not None:  # the same enumerations
+            self.__dict__.update(like.__dict__)
         module = self
 
         class Runtime:
