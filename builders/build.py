@@ -3,6 +3,8 @@
 assets                configuration and tokenizer files, copied
 <engine>              export, lowering and weights, one step per engine of `builders/registry.py`
 gate:<engine>         the engine against its torch definition
+
+For target tensorrt-llm the language model's steps are those of `builders/trtllm.py`, and the other engines TensorRT's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry, trtllm
+from builders import registry, trtllm, trtllm_engine
 from builders.code import code_version, project_version, tool_versions
 from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
 from builders.workspace import CACHE, Hook, Workspace
@@ -46,6 +48,8 @@ _EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUN_TOOLS = ("onnxruntime",)
 GATE = "gate:"
 TENSORRT = ("tensorrt", "tensorrt-rtx")
+# What these targets compile is not run by the build.
+COMPILED = (*TENSORRT, trtllm.TARGET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
         if unchanged is not None:
             return Report(options.bundle, unchanged[0], unchanged[1], time.monotonic() - started)
         for name, record in list(space.records.items()):
-            if record.facts.get("verdict") == NOT_RUN and options.preset.target not in TENSORRT:
+            if record.facts.get("verdict") == NOT_RUN and options.preset.target not in COMPILED:
                 del space.records[name]
         plan = _Plan(options, space)
         graph = plan.graph()
@@ -135,6 +139,10 @@ def check(options: Options) -> None:
     """Raises `MingError` if the options cannot be built here. Reads nothing."""
     if options.preset.target == trtllm.TARGET:
         trtllm.check_selection(options.only)
+        if others := trtllm.others(options.only):
+            from builders import tensorrt_build
+
+            tensorrt_build.check(trtllm.beside(options.preset), others)
     else:
         registry.check_names(options.only)
         if options.preset.target in TENSORRT:
@@ -168,9 +176,17 @@ class _Plan:
         self.cache = space.folder / CACHE
         self.config: MingConfig = load_config(options.checkpoint)
         self.checkpoint: Checkpoint = Checkpoint(options.checkpoint)
-        self.components: dict[str, Component | trtllm.LLMCheckpoint] = {trtllm.NAME: trtllm.COMPONENT}
-        if self.preset.target != trtllm.TARGET:
-            self.components = {name: registry.component(name) for name in registry.COMPONENTS}
+        # how the engines other than TensorRT-LLM's are built
+        self.plain = self.preset
+        self.components: dict[str, Component | trtllm.LLMCheckpoint] = {}
+        names: tuple[str, ...] = tuple(registry.COMPONENTS)
+        if self.preset.target == trtllm.TARGET:
+            self.plain = trtllm.beside(self.preset)
+            self.components = {trtllm.NAME: trtllm.COMPONENT, trtllm.ENGINE: trtllm.COMPONENT}
+            wanted = trtllm.others(options.only) or any("plan" in record.facts for record in space.records.values())
+            names = trtllm.others(()) if wanted else ()
+        self.plain_names = names
+        self.components |= {name: registry.component(name) for name in names}
         self.versions = tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS))
 
     def selection(self) -> list[str] | None:
@@ -184,8 +200,11 @@ class _Plan:
         steps = [self._assets()]
         if self.preset.target == trtllm.TARGET:
             trtllm.check_bundle(self.space.folder, self.space.records)
-            return Graph([*steps, *self._trtllm()])
-        for name in self.components:
+            first = self._trtllm()
+            for name in self.plain_names:
+                steps += self._engine(name, registry.component(name))
+            return Graph([*steps, *first])
+        for name in self.plain_names:
             steps += self._engine(name, registry.component(name))
         if all(step.skip for step in steps[1::2]):
             raise BuildError(
@@ -204,6 +223,7 @@ class _Plan:
             expert_parallel=self.options.expert_parallel,
             calibration=self.options.calibration,
             max_host_memory=self.options.max_host_memory,
+            engine=trtllm.with_engine(self.options.only) or trtllm.ENGINE in self.space.records,
         )
 
     def _assets(self) -> Step:
@@ -235,14 +255,14 @@ class _Plan:
                 Step(name, "", _never, output=name, skip=reason),
                 Step(GATE + name, "", _never, (name,), skip=f"there is no {name} to check"),
             ]
-        precision = self.preset.precision_of(name)
-        tensorrt = self.preset.target in TENSORRT
-        options = ExportOptions(self.preset.target, precision)
+        precision = self.plain.precision_of(name)
+        tensorrt = self.plain.target in TENSORRT
+        options = ExportOptions(self.plain.target, precision)
         if tensorrt:
-            options = tensorrt_build.export_options(self.preset, name)
+            options = tensorrt_build.export_options(self.plain, name)
         sources = component.sources(self.config)
         check_sources(sources, self.checkpoint)
-        thresholds = self.preset.thresholds(name)
+        thresholds = self.plain.thresholds(name)
         module = registry.module_of(name)
         weights = self.checkpoint.digest(source_names(sources), self.cache)
         key = digest(
@@ -272,7 +292,7 @@ class _Plan:
                     self.config,
                     self.checkpoint,
                     context.work,
-                    self.preset,
+                    self.plain,
                     calibration=self.options.calibration,
                     cache=self.cache,
                     report=context.report,
@@ -284,7 +304,7 @@ class _Plan:
 
         def gate(context: Context) -> Mapping[str, Any]:
             if tensorrt:
-                return tensorrt_build.not_run(self.preset, context.facts[name]).as_dict()
+                return tensorrt_build.not_run(self.plain, context.facts[name]).as_dict()
             report = verify_component(
                 component,
                 self.config,
@@ -292,7 +312,7 @@ class _Plan:
                 context.inputs[name] / "model.onnx",
                 list(context.facts[name]["outputs"]),
                 thresholds,
-                threads=self.preset.threads,
+                threads=self.plain.threads,
                 memory_limit=self.options.max_host_memory,
             )
             return report.as_dict()
@@ -301,11 +321,11 @@ class _Plan:
 
     def _tensorrt_key(self, name: str) -> dict[str, Any]:
         """What a plan depends on beside what a graph does; nothing for other targets."""
-        if self.preset.target not in TENSORRT:
+        if self.plain.target not in TENSORRT:
             return {}
         from builders import tensorrt_build
 
-        settings = tensorrt_build.content_key(self.preset, name, self.options.calibration, self.options.checkpoint)
+        settings = tensorrt_build.content_key(self.plain, name, self.options.calibration, self.options.checkpoint)
         return {"tensorrt": settings, "compiler": code_version("builders.tensorrt_build")}
 
     def _check_memory(self, name: str) -> None:
@@ -329,7 +349,8 @@ class _Plan:
             steps[name] = StepEntry(str(Outcome.OK), record.key, "", files)
             if name in self.components:
                 gate = run.results[GATE + name].record
-                components[name] = self._entry(name, record.facts, gate.facts if gate else {})
+                served = trtllm_engine.SERVED if name == trtllm.ENGINE else name
+                components[served] = self._entry(name, record.facts, gate.facts if gate else {})
         raw = self.config.raw
         model = {
             "name": "Ming-lite-omni v1.5",
@@ -345,7 +366,8 @@ class _Plan:
 
         tensors: dict[Path, set[str]] = {}
         for name in components:
-            for tensor in source_names(self.components[name].sources(self.config)):
+            component = self.components.get(name, trtllm.COMPONENT)
+            for tensor in source_names(component.sources(self.config)):
                 tensors.setdefault(self.checkpoint.info(tensor).file, set()).add(tensor)
         return {
             path.relative_to(self.checkpoint.root).as_posix(): {
@@ -361,8 +383,8 @@ class _Plan:
         own = ("inputs", "outputs", "precision", "weights", "model", "rung")
         rest = {key: value for key, value in facts.items() if key not in own}
         return ComponentEntry(
-            name,
-            self.preset.target,
+            trtllm_engine.SERVED if name == trtllm.ENGINE else name,
+            self.plain.target if name in self.plain_names else self.preset.target,
             str(facts["precision"]),
             str(facts.get("model", f"{name}/model.onnx")),
             facts["inputs"],
@@ -403,7 +425,7 @@ def _fingerprint(options: Options, files: list[Path]) -> str:
             "calibration": str(options.calibration or ""),
             "parallel": [options.tensor_parallel, options.expert_parallel],
             "code": project_version(),
-            "tools": tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS)),
+            "tools": tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS, "tensorrt", "tensorrt_llm")),
         }
     )
 
@@ -416,7 +438,7 @@ def _unchanged(space: Workspace, fingerprint: str) -> tuple[dict[str, Result], s
         manifest = Bundle.open(space.folder).manifest
     except (OSError, UnicodeDecodeError, BundleError):
         return None
-    if manifest.gate == NOT_RUN and manifest.target not in TENSORRT:
+    if manifest.gate == NOT_RUN and manifest.target not in COMPILED:
         # What did not fit then may fit now; a plan does not run here, then or now.
         return None
     if last is None or last.get("fingerprint") != fingerprint or last.get("manifest") != digest(text):

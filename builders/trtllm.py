@@ -2,17 +2,20 @@
 
 Two steps. `llm-calibration` (FP8 only) gives the ranges of activations as facts; `llm-checkpoint` writes `config.json`
 and `rankN.safetensors`. Neither needs a GPU or TensorRT-LLM. Both keep their half-done work in the bundle's cache and
-go on there after a crash. The engine is built from the result on the GPU machine (docs/gpu-first-run.md).
+go on there after a crash. On the GPU machine the same build makes `llm-engine` of them (`builders/trtllm_engine.py`),
+and the other engines as plans of TensorRT.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builders import registry, trtllm_engine
 from builders.code import code_version, tool_versions
 from builders.steps import Context, Step, digest, peak_memory
 from builders.trtllm_layout import Layout, layout, parallel
@@ -23,12 +26,15 @@ from ming_trt.presets import Preset
 if TYPE_CHECKING:
     from builders.calibration_samples import Source
     from builders.trtllm_write import Moved
+    from builders.workspace import Record
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
     from ming_trt.models.weights import WeightSource
 
-NAME, CALIBRATION = "llm-checkpoint", "llm-calibration"
+NAME, CALIBRATION, ENGINE = "llm-checkpoint", "llm-calibration", trtllm_engine.NAME
 GATE = f"gate:{NAME}"
+# the engine of other targets, in whose place these stand
+_REPLACED = "llm"
 # keys of a preset's precision table that are no engines of `builders.registry`
 PRECISIONS = (NAME, "kv_cache")
 TARGET = "tensorrt-llm"
@@ -121,21 +127,38 @@ def config_json(
     }
 
 
+def beside(preset: Preset) -> Preset:
+    """The preset of the engines that are served beside the language model: plans of TensorRT."""
+    return replace(preset, target="tensorrt")
+
+
+def others(only: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the selected names those of other engines; all of them if nothing is selected."""
+    if only:
+        return tuple(name for name in only if name not in (NAME, ENGINE))
+    return tuple(name for name in registry.COMPONENTS if name != _REPLACED)
+
+
+def with_engine(only: tuple[str, ...]) -> bool:
+    """Whether the selection holds the engine."""
+    return not only or ENGINE in only
+
+
 def check_selection(only: tuple[str, ...]) -> None:
-    """Raises `BuildError` if target tensorrt-llm is asked for anything but the checkpoint."""
-    others = [name for name in only if name != NAME]
-    if others or not only:
-        raise BuildError(
-            f"target {TARGET} builds {NAME} here, not {others[0] if others else 'everything'}: add --only {NAME}, "
-            "and build the engine from it on the GPU machine (docs/gpu-first-run.md)"
-        )
+    """Raises `MingError` if the selection is none for target tensorrt-llm, or cannot be built on this machine."""
+    if _REPLACED in only:
+        raise BuildError(f"target {TARGET} has no engine '{_REPLACED}': name {NAME}, or {ENGINE}")
+    registry.check_names(others(only))
+    if with_engine(only):
+        trtllm_engine.check()
 
 
-def check_bundle(folder: Path, steps_there: Iterable[str]) -> None:
-    """Raises `BuildError` if the folder holds engines for another target, which this build would replace."""
-    others = [name for name in steps_there if name not in (NAME, CALIBRATION, GATE, "assets")]
-    if others:
-        raise BuildError(f"'{folder}' holds {others[0]} for another target: build {NAME} into a folder of its own")
+def check_bundle(folder: Path, records: Mapping[str, Record]) -> None:
+    """Raises `BuildError` if the folder holds engines of another target, which this build would replace."""
+    for name, record in records.items():
+        ours = name in (NAME, CALIBRATION, ENGINE, "assets") or name.startswith("gate:")
+        if not ours and "plan" not in record.facts:
+            raise BuildError(f"'{folder}' holds {name} for another target: build {NAME} into a folder of its own")
 
 
 def steps(
@@ -148,8 +171,10 @@ def steps(
     expert_parallel: int = 1,
     calibration: Path | None = None,
     max_host_memory: int = 0,
+    engine: bool = False,
 ) -> list[Step]:
-    """The component's steps, everything checked: tensors, parallelism, KV budget, calibration data, memory."""
+    """The component's steps, everything checked: tensors, parallelism, KV budget, calibration data, memory; with
+    `engine` those of the engine too."""
     from ming_trt.models.weights import check_sources, source_names
 
     reason = COMPONENT.needs(config, checkpoint)
@@ -193,7 +218,8 @@ def steps(
         _check_peak(GATE, limit)
         return report.as_dict()
 
-    return [*result, Step(GATE, gate_key, gate, (NAME,))]
+    result.append(Step(GATE, gate_key, gate, (NAME,)))
+    return [*result, *trtllm_engine.steps(preset, content, cache)] if engine else result
 
 
 def _calibration(

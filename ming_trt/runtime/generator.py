@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable, Collection
 from functools import partial
 from time import perf_counter
@@ -19,24 +18,14 @@ from typing import ParamSpec
 
 import numpy as np
 
-from ming_trt.errors import CancelledError, EngineError, MingError, UnavailableError
-from ming_trt.processing.tokenizer import CONTEXT_TOKENS
+from ming_trt.errors import EngineError, MingError
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.engine import Array, Arrays, Engine, zeros
-from ming_trt.runtime.events import (
-    ErrorEvent,
-    Event,
-    FinishEvent,
-    FinishReason,
-    Handle,
-    HiddenEvent,
-    Timings,
-    TokenEvent,
-    Usage,
-)
+from ming_trt.runtime.events import HiddenEvent
+from ming_trt.runtime.front import Front
 from ming_trt.runtime.kv_cache import KVCache
 from ming_trt.runtime.scheduler import Scheduler
-from ming_trt.runtime.sequence import NO_FEATURE, GenerationRequest, LLMOptions, Sequence, prepare
+from ming_trt.runtime.sequence import NO_FEATURE, LLMOptions, Sequence
 from ming_trt.runtime.stop import TextDecoder
 
 log = logging.getLogger(__name__)
@@ -46,52 +35,21 @@ P = ParamSpec("P")
 _JOIN_SECONDS = 60.0
 
 
-class LLM:
-    """Generates with an `llm` engine (tensors: docs/DESIGN.md, 4.1). `submit` from any thread; the engine is this
-    object's.
-
-    `decoder` is needed for stop strings only; `board` is where cancellations from other processes are seen.
-    """
+class LLM(Front):
+    """Generates with an `llm` engine (tensors: docs/DESIGN.md, 4.1); the engine is this object's."""
 
     def __init__(
         self, engine: Engine, options: LLMOptions, decoder: TextDecoder | None = None, board: CancelBoard | None = None
     ) -> None:
-        self.options = options
+        vocabulary, hidden = _fixed_size(engine, "logits", -1), _fixed_size(engine, "features", -1)
+        super().__init__(options, vocabulary, hidden, decoder, board)
         self._engine = engine
-        self._decoder = decoder
-        self._board = board
-        self._vocabulary = _fixed_size(engine, "logits", -1)
-        self._hidden = _fixed_size(engine, "features", -1)
         in_place = partial(zeros, engine)
         self._cache = KVCache(engine.inputs, options.slots, options.max_seq_len, options.kv_budget, in_place)
         self._scheduler = Scheduler(self._cache)
         self._inbox: list[Sequence] = []
-        self._load = 0
-        self._closing = False
-        self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="llm", daemon=True)
         self._thread.start()
-
-    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None) -> Handle:
-        """Queues a request. Iterate over the handle, or give `on_event`, which is called from a thread of the
-        request's own.
-
-        Raises `InputError` for a prompt that the engine cannot take, `UnavailableError` if the queue is full or the
-        LLM closed.
-        """
-        handle = Handle(request.request_id or uuid.uuid4().hex)
-        sequence = prepare(request, handle, self.options, self._vocabulary, self._hidden, self._decoder)
-        with self._wake:
-            if self._closing:
-                raise UnavailableError("the LLM is shutting down: send the request to a running server")
-            if self._load >= self.options.max_waiting + self.options.slots:
-                raise UnavailableError(f"{self._load} requests wait or run already: try again later")
-            self._inbox.append(sequence)
-            self._load += 1
-            self._wake.notify()
-        if on_event is not None:
-            handle.deliver(on_event)
-        return handle
 
     def close(self) -> None:
         """Cancels what is left and stops the thread. The engine stays open. Closing twice is harmless."""
@@ -100,11 +58,11 @@ class LLM:
             self._wake.notify()
         self._thread.join(_JOIN_SECONDS)
 
-    def __enter__(self) -> LLM:
-        return self
+    def _enqueue(self, sequence: Sequence, coded: None) -> None:
+        self._inbox.append(sequence)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _ended(self, sequence: Sequence) -> None:
+        self._scheduler.release(sequence)
 
     def _work(self) -> None:
         closing = False
@@ -120,20 +78,15 @@ class LLM:
             self._guard(list(self._scheduler), self._round, closing)
 
     def _round(self, closing: bool) -> None:
-        why = "the server is shutting down" if closing else "its client cancelled it, or its lease ran out"
         for sequence in list(self._scheduler):
-            if closing or self._is_cancelled(sequence):
-                self._fail(sequence, CancelledError(f"request '{sequence.handle.request_id}' has ended: {why}"))
+            if (error := self._ending(sequence, closing)) is not None:
+                self._fail(sequence, error)
         reading = self._scheduler.next_to_read()
         if reading is not None:
             self._guard([reading], self._read_chunk, reading)
         if self._scheduler.decoding:
             rows = list(self._scheduler.decoding)
             self._guard(rows, self._decode, rows)
-
-    def _is_cancelled(self, sequence: Sequence) -> bool:
-        handle = sequence.handle
-        return handle.cancelled or (self._board is not None and self._board.is_cancelled(handle.request_id))
 
     def _guard(self, sequences: list[Sequence], step: Callable[P, None], *args: P.args, **named: P.kwargs) -> None:
         """Runs a step; if it raises, those of `sequences` that have not ended yet end with the error."""
@@ -233,52 +186,7 @@ class LLM:
             return self._finish(sequence, "length")
         if not np.isfinite(logits).all():
             raise _not_finite(sequence, "logits")
-        token = sequence.sampler.next(logits, sequence.history)
-        if token in sequence.stop_ids:
-            return self._finish(sequence, "stop")
-        sequence.ids[sequence.length] = token
-        sequence.length += 1
-        if sequence.matcher is None:
-            self._send(sequence, [token])
-        else:
-            tokens, cut = sequence.matcher.push(token)
-            self._send(sequence, tokens, cut)
-            if cut is not None:
-                return self._finish(sequence, "stop", cut=True)
-        if sequence.length >= sequence.limit:
-            self._finish(sequence, "length")
-
-    def _send(self, sequence: Sequence, tokens: list[int], cut: int | None = None) -> None:
-        if not tokens:
-            return
-        sequence.handle.put(TokenEvent(tuple(tokens), sequence.sent, _context(sequence), cut))
-        sequence.sent += len(tokens)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, cut: bool = False) -> None:
-        if sequence.matcher is not None and not cut:
-            self._send(sequence, sequence.matcher.flush())
-        self._release(sequence)
-        queue, prefill = sequence.admitted - sequence.submitted, sequence.first_token - sequence.admitted
-        timings = Timings(queue, prefill, queue + prefill, perf_counter() - sequence.first_token)
-        usage = Usage(sequence.prompt_length, sequence.generated)
-        sequence.handle.put(FinishEvent(reason, usage, timings, () if cut else _context(sequence)))
-
-    def _fail(self, sequence: Sequence, error: MingError) -> None:
-        if not sequence.ended:
-            self._release(sequence)
-            sequence.handle.put(ErrorEvent(error))
-
-    def _release(self, sequence: Sequence) -> None:
-        sequence.ended = True
-        self._scheduler.release(sequence)
-        with self._wake:
-            self._load -= 1
-
-
-def _context(sequence: Sequence) -> tuple[int, ...]:
-    """The last tokens of the answer that went out."""
-    answer = sequence.ids[sequence.prompt_length :]
-    return tuple(answer[max(0, sequence.sent - CONTEXT_TOKENS) : sequence.sent].tolist())
+        self._take(sequence, sequence.sampler.next(logits, sequence.history))
 
 
 def _not_finite(sequence: Sequence, what: str) -> EngineError:

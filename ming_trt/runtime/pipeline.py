@@ -18,7 +18,7 @@ from ming_trt.processing.prepare import Prepared, Processor
 from ming_trt.processing.request import Request, Sampling
 from ming_trt.processing.tokenizer import TextCodec
 from ming_trt.runtime.events import ErrorEvent, FinishEvent, Handle, TokenEvent
-from ming_trt.runtime.generator import LLM
+from ming_trt.runtime.front import Front
 from ming_trt.runtime.sequence import GenerationRequest
 from ming_trt.runtime.stages import (
     AudioEncoder,
@@ -51,7 +51,7 @@ class Answer:
 class Pipeline:
     """The stages of a bundle. Threads may ask at the same time; their answers are decoded together."""
 
-    def __init__(self, processor: Processor, vision: VisionEncoder, audio: AudioEncoder, llm: LLM) -> None:
+    def __init__(self, processor: Processor, vision: VisionEncoder, audio: AudioEncoder, llm: Front) -> None:
         self.processor, self.llm = processor, llm
         self._vision, self._audio = vision, audio
         self._encoding = threading.Lock()

@@ -18,6 +18,7 @@ from ming_trt.processing.tokenizer import Tokenizer
 from ming_trt.processing.vision_index import vision_indices
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.engine import Engine, open_engine
+from ming_trt.runtime.front import Front
 from ming_trt.runtime.generator import LLM
 from ming_trt.runtime.sequence import LLMOptions
 
@@ -115,8 +116,12 @@ def open_audio_encoder(bundle: Bundle) -> AudioEncoder:
     return AudioEncoder(engine, load_config(bundle.assets), bundle.preset.profile.max_audio_frames)
 
 
-def open_llm(bundle: Bundle, board: CancelBoard | None = None) -> LLM:
+def open_llm(bundle: Bundle, board: CancelBoard | None = None) -> Front:
     """The bundle's LLM with the limits of its preset, running. Stop strings need a tokenizer in the bundle."""
+    if bundle.component("llm").target == "tensorrt-llm":
+        from ming_trt.trtllm.open import open_service
+
+        return open_service(bundle, llm_options(bundle), board)
     engine = open_engine(bundle, "llm", threads=bundle.preset.threads)
     decoder = open_tokenizer(bundle) if (bundle.assets / "tokenizer.json").is_file() else None
     return LLM(engine, llm_options(bundle), decoder, board)

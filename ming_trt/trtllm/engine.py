@@ -1,34 +1,69 @@
-"""From an exported checkpoint to engines, one a rank, with TensorRT-LLM's own builder; needs 1.2.1 and the GPU.
+"""One rank's engine from an exported checkpoint, with TensorRT-LLM's own builder; needs 1.2.1 and the GPU.
 
-    python -m ming_trt.trtllm.engine CHECKPOINT OUTPUT --preset h200-fp8
-
-`CHECKPOINT` is the folder of component `llm-checkpoint`. Everything is checked before the GPU is used: the release, the
-signatures, and that the network asks for just these weights.
+This is the process that step `llm-engine` of a build starts for each rank (`builders/trtllm_engine.py`), since the
+builder may crash and keeps its memory: `python -m ming_trt.trtllm.engine JOB.json`. Everything is checked before the
+GPU is used: the release, the signatures, and that the network asks for just these weights.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from ming_trt import presets
 from ming_trt.errors import BuildError, MingError
-from ming_trt.presets import Preset
+from ming_trt.presets import Profile
 from ming_trt.trtllm import signatures
 from ming_trt.trtllm.contract import check_checkpoint
 from ming_trt.trtllm.model import register
 
+CONFIG = "config.json"
+_PR_SET_PDEATHSIG = 1
 
-def build_settings(config: dict[str, Any], preset: Preset) -> dict[str, Any]:
-    """Arguments of TensorRT-LLM's `BuildConfig` but for the plugins. Pure: no library is needed.
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to build: `rank` of the checkpoint in folder `checkpoint`, into folder `output`. `settings` and `plugins` as
+    `build_settings` and `plugin_settings` give them; the file `timing_cache` is read if it is there, and written; the
+    file `result` gets the outcome."""
+
+    checkpoint: str
+    output: str
+    rank: int
+    settings: Mapping[str, Any]
+    plugins: Mapping[str, Any]
+    timing_cache: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it went: `error` is one sentence, or "". Seconds of loading weights and of building; peak of host memory."""
+
+    error: str = ""
+    load_seconds: float = 0.0
+    build_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def engine_file(rank: int) -> str:
+    """File name of a rank's engine, as the library names it."""
+    return f"rank{rank}.engine"
+
+
+def build_settings(config: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """Arguments of TensorRT-LLM's `BuildConfig` but for plugins and caches. Pure: no library is needed.
 
     The prompt table holds the rows of all slots at once, and twice as many places, since parity is the modality.
     """
     length = config["max_position_embeddings"]
-    profile = preset.profile
     return {
         "max_input_len": length - 1,
         "max_seq_len": length,
@@ -40,7 +75,7 @@ def build_settings(config: dict[str, Any], preset: Preset) -> dict[str, Any]:
     }
 
 
-def plugin_settings(config: dict[str, Any]) -> dict[str, Any]:
+def plugin_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `PluginConfig`: FP8 products run in TensorRT's own kernels, so there is no plugin for them."""
     dtype = config["dtype"]
     return {
@@ -53,41 +88,54 @@ def plugin_settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_engines(checkpoint: Path, output: Path, preset: Preset) -> list[Path]:
-    """Writes `rankN.engine` and `config.json` to `output`. Raises `MingError`, before any work if it cannot be done."""
+def build_rank(job: Job) -> Outcome:
+    """Writes `rankN.engine`, and for rank 0 `config.json`. Raises `MingError`, before any work if it cannot be done."""
     differences = signatures.check()
     if differences:
         raise BuildError(f"TensorRT-LLM is not as relied on: {differences[0]}; reinstall release {signatures.VERSION}")
+    checkpoint = Path(job.checkpoint)
     problems = check_checkpoint(checkpoint)
     if problems:
         raise BuildError(f"the checkpoint in '{checkpoint}' does not fit the network: {problems[0]}; export it again")
-    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     api = signatures.load()
     definition = register(api)
-    made = []
-    for rank in range(config["mapping"]["world_size"]):
-        loaded = definition.config.from_json_file(str(checkpoint / "config.json"))
-        model = definition.model.from_checkpoint(str(checkpoint), rank=rank, config=loaded)
-        plugins = api.PluginConfig(**plugin_settings(config))
-        engine = api.build(model, api.BuildConfig(plugin_config=plugins, **build_settings(config, preset)))
-        engine.save(str(output))
-        made.append(output / f"rank{rank}.engine")
-    return made
+    started = time.monotonic()
+    loaded = definition.config.from_json_file(str(checkpoint / CONFIG))
+    model = definition.model.from_checkpoint(str(checkpoint), rank=job.rank, config=loaded)
+    ready = time.monotonic()
+    # without a name for it, the builder would leave its timings in the working directory
+    caches = {"output_timing_cache": job.timing_cache}
+    if Path(job.timing_cache).is_file():
+        caches["input_timing_cache"] = job.timing_cache
+    settings = api.BuildConfig(plugin_config=api.PluginConfig(**job.plugins), **job.settings, **caches)
+    engine = api.build(model, settings)
+    engine.save(job.output)
+    if not (Path(job.output) / engine_file(job.rank)).is_file():
+        raise BuildError(f"the builder gave no {engine_file(job.rank)}: see its log")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Outcome("", round(ready - started, 1), round(time.monotonic() - ready, 1), peak)
 
 
-def main(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the exported checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the engines.")],
-    preset: Annotated[str, typer.Option(help="Name of a preset, or a .toml file.")] = "h200-fp8",
-) -> None:
-    """Builds the language model's engines."""
+def main(path: str) -> int:
+    """Does the job of a file; the outcome is written even if the build fails."""
+    # a build that was killed leaves no builder behind, which would write where the next one does
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    job = Job(**json.loads(Path(path).read_text("utf-8")))
     try:
-        for path in build_engines(checkpoint, output, presets.load(preset)):
-            typer.echo(str(path))
+        outcome = build_rank(job)
     except MingError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        outcome = Outcome(str(error))
+    except Exception as error:
+        outcome = Outcome(
+            f"TensorRT-LLM's builder failed ({type(error).__name__}: {' '.join(str(error).split())[:400]})"
+        )
+        Path(job.result).write_text(json.dumps(asdict(outcome)), "utf-8")
+        raise
+    Path(job.result).write_text(json.dumps(asdict(outcome)), "utf-8")
+    if outcome.error:
+        print(f"error: {outcome.error}", file=sys.stderr)
+    return 1 if outcome.error else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main(sys.argv[1]))

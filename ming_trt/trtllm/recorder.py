@@ -470,8 +470,8 @@ def _cast(input: Tensor, dtype: str) -> Tensor:
     return input.like(input.shape, dtype)
 
 
-def _where(condition: Tensor, input: Tensor, other: Tensor) -> Tensor:
-    result = elementwise("where", input, other)
+def _where(condition: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    result = elementwise("where", left, right)
     if condition.dtype != "bool" or len(condition.shape) != len(result.shape):
         raise ShapeError(f"where of {list(result.shape)} by {condition.dtype}{list(condition.shape)}")
     shape = tuple(_broadcast("where", a, b) for a, b in zip(condition.shape, result.shape, strict=True))

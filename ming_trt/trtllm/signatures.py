@@ -1,8 +1,8 @@
 """Every symbol of TensorRT-LLM that this project uses, with the parameters it relies on, in one place for `doctor`.
 
 The network definition and the serving model take their symbols from `load()` only, so what is not listed is not used.
-`check()` compares the list with the installed package by `inspect`; it needs release 1.2.1 and no GPU. Sources: release
-1.2.1, `functional.py`, `layers/*.py`, `models/modeling_utils.py`, `builder.py`, `bindings/executor`.
+`check()` compares the list with the installed package by `inspect`; it needs release 1.2.1 and no GPU. `READ` says
+where each was read: the tag of 1.2.1 itself could not be, so the versions next to it stand for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,33 @@ from ming_trt.errors import UnavailableError
 
 VERSION = "1.2.1"
 _DISTRIBUTIONS = ("tensorrt_llm", "tensorrt-llm")
+
+
+# Where a symbol was read: the first entry that `module.attribute` begins with.
+READ: Mapping[str, str] = {
+    "tensorrt_llm.functional": "functional.py at 19103620b86da1de (a fork of 1.3.0rc20)",
+    "tensorrt_llm.module": "layers/linear.py at 2a9abd9536aa62ad (1.0 line; how it is used)",
+    "tensorrt_llm.layers.moe": "layers/moe.py at c388fec7fe09ebd2 (1.2 line)",
+    "tensorrt_llm.layers.ColumnLinear": "layers/linear.py at 2a9abd9536aa62ad (1.0 line)",
+    "tensorrt_llm.layers.RowLinear": "layers/linear.py at 2a9abd9536aa62ad (1.0 line)",
+    "tensorrt_llm.layers.Embedding": "layers/embedding.py, newest stored copy (1.x line)",
+    "tensorrt_llm.layers.RmsNorm": "layers/__init__.py at db1d864bfe498467 (a fork of 1.3.0rc20; the name only)",
+    "tensorrt_llm.layers": "layers/attention.py, newest stored copy, and layers/__init__.py at db1d864bfe498467",
+    "tensorrt_llm.models": "models/modeling_utils.py, newest stored copy (1.x line)",
+    "tensorrt_llm._utils": "models/modeling_utils.py, newest stored copy (how it is used)",
+    "tensorrt_llm._common": "models/modeling_utils.py, newest stored copy (how it is used)",
+    "tensorrt_llm.builder": "builder.py at 25ea9a02d41f86b0 (a fork of 1.3.0rc20)",
+    "tensorrt_llm.plugin": "plugin/plugin.py at c20322ffd3dc0740 (1.2 line)",
+    "tensorrt_llm.bindings.executor.Executor": "cpp/tensorrt_llm/nanobind/executor/executor.cpp at 1dd50d0741fa3bda, "
+    "executorConfig.cpp at c40f1157d276de8e",
+    "tensorrt_llm.bindings.executor.KvCacheConfig": "nanobind/executor/executorConfig.cpp at c40f1157d276de8e",
+    "tensorrt_llm.bindings.executor.ParallelConfig": "nanobind/executor/executorConfig.cpp at c40f1157d276de8e",
+    "tensorrt_llm.bindings.executor.OrchestratorConfig": "nanobind/executor/executorConfig.cpp at c40f1157d276de8e",
+    "tensorrt_llm.bindings.executor.CommunicationMode": "triton_backend tensorrt_llm/1/model.py at 0d5352f5fc5f39ee",
+    "tensorrt_llm.bindings.executor.BatchingType": "triton_backend tensorrt_llm/1/model.py at 0d5352f5fc5f39ee",
+    "tensorrt_llm.bindings.executor.ModelType": "triton_backend tensorrt_llm/1/model.py at 0d5352f5fc5f39ee",
+    "tensorrt_llm.bindings.executor": "nanobind/executor/request.cpp at 008b2b8d23af95e4",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +66,7 @@ _E = "tensorrt_llm.bindings.executor"
 # What `ming_trt/trtllm/model.py` and `engine.py` are written against.
 NETWORK: Mapping[str, Symbol] = {
     "cast": Symbol(_F, "cast", ("input", "dtype")),
-    "where": Symbol(_F, "where", ("condition", "input", "other")),
+    "where": Symbol(_F, "where", ("condition", "left", "right")),
     "gt": Symbol(_F, "gt", ("left", "right")),
     "eq": Symbol(_F, "eq", ("left", "right")),
     "op_and": Symbol(_F, "op_and", ("left", "right")),
@@ -130,6 +157,8 @@ NETWORK: Mapping[str, Symbol] = {
             "strongly_typed",
             "plugin_config",
             "use_mrope",
+            "input_timing_cache",
+            "output_timing_cache",
         ),
     ),
     "PluginConfig": Symbol(
@@ -203,7 +232,14 @@ EXECUTOR: Mapping[str, Symbol] = {
     "ExecutorConfig": Symbol(
         _E,
         "ExecutorConfig",
-        ("max_beam_width", "kv_cache_config", "enable_chunked_context", "batching_type", "additional_model_outputs"),
+        (
+            "max_beam_width",
+            "kv_cache_config",
+            "enable_chunked_context",
+            "batching_type",
+            "parallel_config",
+            "additional_model_outputs",
+        ),
         binding=True,
     ),
     "KvCacheConfig": Symbol(_E, "KvCacheConfig", ("enable_block_reuse", "max_tokens"), binding=True),
@@ -233,9 +269,18 @@ EXECUTOR: Mapping[str, Symbol] = {
         ("beam_width", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size"),
         binding=True,
     ),
+    "ParallelConfig": Symbol(_E, "ParallelConfig", ("communication_mode", "orchestrator_config"), binding=True),
+    "OrchestratorConfig": Symbol(_E, "OrchestratorConfig", ("is_orchestrator", "worker_executable_path"), binding=True),
+    "CommunicationMode": Symbol(_E, "CommunicationMode", members=("ORCHESTRATOR",), binding=True),
     "BatchingType": Symbol(_E, "BatchingType", members=("INFLIGHT",), binding=True),
     "ModelType": Symbol(_E, "ModelType", members=("DECODER_ONLY",), binding=True),
 }
+
+
+def read_at(symbol: Symbol) -> str:
+    """Where the symbol's signature was read."""
+    name = f"{symbol.module}.{symbol.attribute}"
+    return next(place for prefix, place in READ.items() if name.startswith(prefix))
 
 
 def installed() -> str:

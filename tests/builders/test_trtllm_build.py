@@ -73,8 +73,11 @@ def test_refusals_come_before_any_work(tmp_path: Path) -> None:
     _refused(tmp_path, "holds no *.json request", preset("fp8"), calibration=tmp_path / "empty")
     _refused(tmp_path, "calibration is for fp8", preset("bf16"), calibration=tmp_path / "empty")
     _refused(tmp_path, "above --max-host-memory 10 MiB", preset(), max_host_memory=10 * 2**20)
-    _refused(tmp_path, "add --only llm-checkpoint", preset(), only=())
-    _refused(tmp_path, "builds llm-checkpoint here, not dit", preset(), only=("dit",))
+    _refused(tmp_path, "is not installed", preset(), only=())
+    _refused(tmp_path, "--only llm-checkpoint works on any machine", preset(), only=())
+    _refused(tmp_path, "--only llm-checkpoint works on any machine", preset(), only=("llm-engine",))
+    _refused(tmp_path, "has no engine 'llm': name llm-checkpoint, or llm-engine", preset(), only=("llm",))
+    _refused(tmp_path, "target tensorrt needs TensorRT", preset(), only=("dit",))
     (tmp_path / "requests").mkdir()
     request = {"messages": [{"role": "user", "content": "hello"}]}
     (tmp_path / "requests" / "a.json").write_text(json.dumps(request))

@@ -26,8 +26,9 @@ from ming_trt.golden.tokenizer import ByteTokenizer
 from ming_trt.processing.request import Sampling
 from ming_trt.runtime.events import FinishEvent, HiddenEvent, TokenEvent
 from ming_trt.runtime.sequence import GenerationRequest, LLMOptions
+from ming_trt.trtllm.facts import EngineFacts, engine_facts, kv_tokens
 from ming_trt.trtllm.rope_table import rope_table
-from ming_trt.trtllm.service import EngineFacts, ExecutorLLM, engine_facts, kv_tokens, sampling_config
+from ming_trt.trtllm.service import ExecutorLLM, sampling_config
 from ming_trt.trtllm.signatures import EXECUTOR
 from tests.conftest import UNDERSTANDING
 
@@ -255,6 +256,10 @@ def test_sampling() -> None:
     with pytest.raises(InputError, match="repetition_penalty and no_repeat_ngram_size would count"):
         sampling_config(API, Sampling(repetition_penalty=1.1, no_repeat_ngram_size=3), True)
     assert vars(sampling_config(API, Sampling(), True)) == {"beam_width": 1, "top_k": 1}
+    # the executor takes the best token unless it is told a limit, and has one seed for all
+    plain = [vars(sampling_config(API, Sampling(temperature=0.5), False)) for _ in range(2)]
+    assert plain[0]["top_p"] == 1 and "top_k" not in plain[0]
+    assert plain[0]["seed"] != plain[1]["seed"] and 0 <= plain[0]["seed"] < 2**64
 
 
 def _engine(folder: Path, **build: Any) -> Path:
@@ -274,7 +279,7 @@ def _engine(folder: Path, **build: Any) -> Path:
 def test_engine_facts_and_kv_budget(tmp_path: Path) -> None:
     """56 KiB a token in bf16, as the specification has it; a budget that cannot hold one request is one sentence."""
     facts = engine_facts(_engine(tmp_path))
-    assert facts == EngineFacts(4096, 8192, "bfloat16", 56 * 1024)
+    assert facts == EngineFacts(4096, 8192, "bfloat16", 56 * 1024, 1)
     assert kv_tokens(facts, dataclasses.replace(OPTIONS, kv_budget=2**40)) == 2 * 4096
     with pytest.raises(BundleError, match="a kv_budget of 100 MiB holds 1828 tokens and a request may have 4096"):
         kv_tokens(facts, dataclasses.replace(OPTIONS, kv_budget=100 * 2**20))

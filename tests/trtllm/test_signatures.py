@@ -13,6 +13,8 @@ import pytest
 from ming_trt import presets
 from ming_trt.errors import UnavailableError
 from ming_trt.trtllm import engine, model, signatures
+from ming_trt.trtllm import open as opening
+from ming_trt.trtllm import service
 from ming_trt.trtllm.recorder import recorder
 from ming_trt.trtllm.signatures import EXECUTOR, METHODS, NETWORK, Symbol
 
@@ -29,6 +31,7 @@ def _used(module: ModuleType) -> set[str]:
 
 def test_only_listed_symbols_are_used_and_all_are() -> None:
     assert _used(model) | _used(engine) == set(NETWORK)
+    assert _used(service) | _used(opening) == set(EXECUTOR)
 
 
 def test_nothing_imports_the_library_itself() -> None:
@@ -88,7 +91,7 @@ def test_differences_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signatures, "installed", lambda: "1.2.1")
     monkeypatch.setattr(importlib, "import_module", lambda _: module)
     problems = signatures.check()
-    assert "tensorrt_llm.functional.where takes no 'other'" in problems
+    assert "tensorrt_llm.functional.where takes no 'left'" in problems
     assert "tensorrt_llm.layers.moe.SharedMoE has no forward_experts" in problems
     assert "tensorrt_llm.bindings.executor.Request takes no 'mrope_config'" in problems
     assert not [problem for problem in problems if "functional.cast" in problem]
@@ -103,21 +106,24 @@ def test_the_installed_release() -> None:
     assert signatures.check() == []
 
 
-def test_symbols_name_modules_of_the_library() -> None:
+def test_symbols_name_modules_of_the_library_and_where_they_were_read() -> None:
     symbols: list[Symbol] = [*NETWORK.values(), *EXECUTOR.values()]
     assert all(symbol.module.split(".")[0] == "tensorrt_llm" for symbol in symbols)
+    places = {signatures.read_at(symbol) for symbol in symbols}
+    assert places == set(signatures.READ.values())
 
 
 def test_engine_settings_and_refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the builder is told follows from preset and checkpoint; without the library it is one sentence."""
     preset = presets.load("h100-fp8")
     config = {"max_position_embeddings": 4096, "dtype": "bfloat16", "quantization": {"quant_algo": "FP8"}}
-    settings = engine.build_settings(config, preset)
+    settings = engine.build_settings(config, preset.profile)
     assert settings["use_mrope"] and settings["max_seq_len"] == 4096
     assert settings["max_prompt_embedding_table_size"] == 2 * preset.profile.slots * 4096
-    assert set(settings) | {"plugin_config"} == set(NETWORK["BuildConfig"].parameters)
+    rest = {"plugin_config", "input_timing_cache", "output_timing_cache"}
+    assert set(settings) | rest == set(NETWORK["BuildConfig"].parameters)
     plugins = engine.plugin_settings(config)
     assert plugins["gemm_plugin"] is None and set(plugins) == set(NETWORK["PluginConfig"].parameters)
     monkeypatch.setattr(signatures, "installed", lambda: "")
     with pytest.raises(UnavailableError, match="not installed"):
-        engine.build_engines(tmp_path, tmp_path, preset)
+        engine.build_rank(engine.Job(str(tmp_path), str(tmp_path), 0, settings, plugins, "", ""))

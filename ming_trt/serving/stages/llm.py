@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +15,11 @@ from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.events import ErrorEvent, Event, FinishEvent, Handle, HiddenEvent, Timings, TokenEvent, Usage
 from ming_trt.runtime.query_rows import insert_query_rows, open_query_rows, read_only
 from ming_trt.runtime.sequence import GenerationRequest
-from ming_trt.runtime.stages import llm_options, open_llm
+from ming_trt.runtime.stages import open_llm
 from ming_trt.serving.graph import DRAWING, empty_tensors
 from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_bytes
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import Stream, empty
-
-if TYPE_CHECKING:
-    from ming_trt.runtime.generator import LLM
-    from ming_trt.trtllm.service import ExecutorLLM
-
-# Folder of a TensorRT-LLM engine that serves instead of the bundle's `llm`; the tensors stay the same.
-ENGINE_VARIABLE = "MING_TRT_LLM_ENGINE"
 
 
 class LLMStage(Stage):
@@ -49,14 +40,7 @@ class LLMStage(Stage):
         if DRAWING in components:
             self.query_rows = open_query_rows(self.bundle)
         self.nothing = empty(empty_tensors(self.name, components, load_config(self.bundle.assets).llm.hidden_size))
-        engine = os.environ.get(ENGINE_VARIABLE)
-        self.llm: LLM | ExecutorLLM
-        if engine:
-            from ming_trt.trtllm.service import open_service
-
-            self.llm = open_service(Path(engine), self.bundle, llm_options(self.bundle), self.board)
-        else:
-            self.llm = open_llm(self.bundle, self.board)
+        self.llm = open_llm(self.bundle, self.board)
 
     def finalize(self) -> None:
         """Called by the server before it unloads the model."""
