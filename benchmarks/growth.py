@@ -1,102 +1,192 @@
 """How cost grows with the prompt, the cache, the batch, the picture, the video and the recording.
 
-Each series is timed on one engine with four layers of a small width, where overheads show most, and fitted as
-time = a * size^k over its upper half. Beside the measured k stands that of the model's own arithmetic over the same
-sizes (`ming_trt.models.cost`): a measured k above it by more than 0.15 would be ours to explain.
+Each series is timed on one engine with few layers of a small width, where overheads show most, or on the host's own
+processing, and fitted as time = a * size^k over its upper half. Beside the measured k stands that of the model's own
+arithmetic over the same sizes (`ming_trt.models.cost`; for the host: a step for every byte, k = 1): a measured k above
+it by more than 0.15 would be ours to explain.
 
-    python benchmarks/growth.py [--threads N] [--seconds S]
+    python benchmarks/growth.py [--threads N] [--seconds S] [--only NAME]
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import av
 import numpy as np
-from harness import Row, Work, arguments, cores, finish, interleave, measure_ceiling
+from harness import CACHE, Row, Work, arguments, cores, finish, interleave, measure_ceiling
 from llm_step import OurStep, step_inputs
+from PIL import Image
 from random_model import config, engine_file
 
 from builders.audio_encoder import Audio
 from builders.llm import LLM
 from builders.vision import Vision
-from ming_trt.bench.machine import Ceiling
-from ming_trt.config import MingConfig
+from ming_trt.config import MingConfig, load_config
+from ming_trt.mini import write_mini
 from ming_trt.models import cost
 from ming_trt.models.cost import Cost
 from ming_trt.models.vision import INPUT_NAMES
+from ming_trt.processing.audio import process_waveform
+from ming_trt.processing.image import process_image
+from ming_trt.processing.prepare import Processor
+from ming_trt.processing.request import Message, Request, TextPart, VideoPart
+from ming_trt.processing.tokenizer import Tokenizer
+from ming_trt.processing.video import process_video
 from ming_trt.processing.vision_index import vision_indices
 from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
 SLACK = 0.15
 CHUNK = 512
+_RATE = 16000
+
+
+@dataclass(frozen=True)
+class Series:
+    """Sizes, what is timed at each, what the model's arithmetic needs there (any unit), and why it grows as it does."""
+
+    name: str
+    sizes: Sequence[int]
+    work: Callable[[int], Work]
+    least: Callable[[int], float]
+    why: str
 
 
 def main() -> None:
-    options = arguments(str(__doc__))
+    options = arguments(str(__doc__), only={"default": "", "help": "series whose name contains this"})
     threads, model = cores(options.threads), config(tiny=True)
     ceiling = measure_ceiling(threads)
-    small = options.tiny
+    rates = (ceiling.read_bytes_per_s, ceiling.float32_flops_per_s)
+
+    def seconds(price: Callable[[int], Cost]) -> Callable[[int], float]:
+        return lambda n: price(n).seconds("fp32", *rates)
+
     llm = OurStep(engine_file(LLM(), model, "fp32"), threads)
     vision = OnnxRuntimeEngine(engine_file(Vision(), model, "fp32"), "vision_encoder", threads=threads)
     audio = OnnxRuntimeEngine(engine_file(Audio(), model, "fp32"), "audio_encoder", threads=threads)
-    series: dict[str, tuple[Sequence[int], Callable[[int], Work], Callable[[int], Cost]]] = {
-        "prompt tokens": (
-            (256, 512, 1024) if small else (512, 1024, 2048, 4096, 8192),
-            lambda n: prefill(llm, model, n),
-            lambda n: chunks(model, n),
-        ),
-        "tokens in the cache": (
-            (64, 256, 1024) if small else (512, 1024, 2048, 4096, 8192),
-            lambda n: llm.step(step_inputs(model.llm, 1, n, 1, n + 64)),
-            lambda n: cost.llm_step(model.llm, 1, n),
-        ),
-        "requests in a step": (
-            (1, 2, 4, 8),
-            lambda n: llm.step(step_inputs(model.llm, 1, 256, n, 320)),
-            lambda n: cost.llm_step(model.llm, 1, 256, n),
-        ),
-        "picture, patches": (
-            (64, 256, 1024) if small else (256, 1024, 2304, 4096),
-            lambda n: look(vision, model, (1, round(n**0.5), round(n**0.5))),
-            lambda n: cost.vision(model.vision, model.llm.hidden_size, (1, round(n**0.5), round(n**0.5))),
-        ),
-        "video, pairs of frames": (
-            (1, 2, 4) if small else (1, 2, 4, 8, 16),
-            lambda n: look(vision, model, (n, 16, 16)),
-            lambda n: cost.vision(model.vision, model.llm.hidden_size, (n, 16, 16)),
-        ),
-        "recording, seconds": (
-            (1, 2, 4) if small else (5, 10, 20, 40),
-            lambda n: hear(audio, model, n),
-            lambda n: cost.audio(model.audio, model.llm.hidden_size, 100 * n),
-        ),
-    }
-    rows = [
-        measured(name, sizes, work, price, options.seconds / len(series), ceiling)
-        for name, (sizes, work, price) in series.items()
-    ]
+    every = [*engines(model, llm, vision, audio, seconds, options.tiny), *host(options.tiny)]
+    chosen = [series for series in every if options.only in series.name]
+    rows = [measured(series, options.seconds / len(chosen)) for series in chosen]
     note = f"k: exponent of the fit; one above the model's own by more than {SLACK} is not explained by its arithmetic"
     finish("growth", rows, options, ceiling, note)
 
 
-def measured(
-    name: str,
-    sizes: Sequence[int],
-    work: Callable[[int], Work],
-    price: Callable[[int], Cost],
-    seconds: float,
-    ceiling: Ceiling,
-) -> Row:
+def engines(
+    model: MingConfig,
+    llm: OurStep,
+    vision: OnnxRuntimeEngine,
+    audio: OnnxRuntimeEngine,
+    seconds: Callable[[Callable[[int], Cost]], Callable[[int], float]],
+    small: bool,
+) -> list[Series]:
+    """What the engines do for a request."""
+    width = model.llm.hidden_size
+
+    def look_cost(grid: tuple[int, int, int]) -> Cost:
+        return cost.vision(model.vision, width, grid)
+
+    return [
+        Series(
+            "prompt, tokens",
+            (256, 512, 1024) if small else (512, 1024, 2048, 4096, 8192),
+            lambda n: prefill(llm, model, n),
+            seconds(lambda n: chunks(model, n)),
+            "products with the weights grow with the tokens, attention with their square",
+        ),
+        Series(
+            "a token behind a cache of tokens",
+            (64, 256, 1024) if small else (512, 1024, 2048, 4096, 8192),
+            lambda n: llm.step(step_inputs(model.llm, 1, n, 1, n + 64)),
+            seconds(lambda n: cost.llm_step(model.llm, 1, n)),
+            "the weights are read once whatever the cache holds; keys and values grow with it",
+        ),
+        Series(
+            "requests in a step",
+            (1, 2, 4, 8, 16),
+            lambda n: llm.step(step_inputs(model.llm, 1, 256, n, 320)),
+            seconds(lambda n: cost.llm_step(model.llm, 1, 256, n)),
+            "each request reads its own cache and chooses experts of its own, until all experts are read",
+        ),
+        Series(
+            "picture, patches",
+            (64, 256, 1024) if small else (256, 1024, 2304, 4096),
+            lambda n: look(vision, model, (1, round(n**0.5), round(n**0.5))),
+            seconds(lambda n: look_cost((1, round(n**0.5), round(n**0.5)))),
+            "windows grow with the patches, the layers that see the whole picture with their square",
+        ),
+        Series(
+            "video, pairs of frames",
+            (1, 2, 4) if small else (1, 2, 4, 8, 16),
+            lambda n: look(vision, model, (n, 16, 16)),
+            seconds(lambda n: look_cost((n, 16, 16))),
+            "frames attend within themselves",
+        ),
+        Series(
+            "recording, seconds",
+            (1, 2, 4) if small else (5, 10, 20, 40),
+            lambda n: hear(audio, model, n),
+            seconds(lambda n: cost.audio(model.audio, width, 100 * n)),
+            "products grow with the frames, attention with their square",
+        ),
+    ]
+
+
+def host(small: bool) -> list[Series]:
+    """What the host does with a request before the engines see it; one thread, k = 1."""
+    folder = CACHE / "mini" / "checkpoint"
+    write_mini(folder)
+    processor = Processor(load_config(folder), Tokenizer.from_checkpoint(folder), max_prompt_tokens=1 << 20)
+    return [
+        Series(
+            "host: prompt, words",
+            (256, 1024, 4096) if small else (512, 1024, 2048, 4096, 8192),
+            lambda n: read(processor, n),
+            float,
+            "the tokenizer looks at every word once",
+        ),
+        Series(
+            "host: picture file, kilopixels",
+            (64, 256, 1024) if small else (256, 1024, 2304, 4096),
+            lambda n: decode(n),
+            float,
+            "every pixel is decoded and shrunk; what is left is bounded",
+        ),
+        Series(
+            "host: video file, frames",
+            (4, 8, 16) if small else (8, 16, 32, 64),
+            lambda n: watch(n),
+            float,
+            "frames are decoded one after the other",
+        ),
+        Series(
+            "host: recording, seconds of sound",
+            (1, 2, 4) if small else (5, 10, 20, 40, 80),
+            lambda n: listen(n),
+            float,
+            "a transform of fixed length for each hundredth of a second",
+        ),
+    ]
+
+
+def measured(series: Series, seconds: float) -> Row:
     """The times of one series, its exponent, and that of the least time that the machine allows."""
-    times = interleave({str(size): work(size) for size in sizes}, seconds, repeats=1, warmup=1)
-    took = [times[str(size)].median for size in sizes]
-    rates = (ceiling.read_bytes_per_s, ceiling.float32_flops_per_s)
-    least = [price(size).seconds("fp32", *rates) for size in sizes]
-    k, own = exponent(sizes, took), exponent(sizes, least)
-    points = {str(size): round(1000 * value, 4) for size, value in zip(sizes, took, strict=True)}
-    verdict = "as the model" if k <= own + SLACK else "faster than the model"
-    more = {"k": k, "k_of_model": own, "grows": verdict, "sizes": ", ".join(points), "ms": points}
-    return Row(name, 1000 * took[-1], more=more)
+    times = interleave({str(n): series.work(n) for n in series.sizes}, seconds, repeats=1, warmup=1)
+    took = [times[str(n)].median for n in series.sizes]
+    least = [series.least(n) for n in series.sizes]
+    k, own = exponent(series.sizes, took), exponent(series.sizes, least)
+    more: dict[str, Any] = {
+        "k": k,
+        "k_of_model": own,
+        "grows": "as the model" if k <= own + SLACK else "faster than the model",
+        "why": series.why,
+        "sizes": ", ".join(map(str, series.sizes)),
+        "ms": {str(n): round(1000 * value, 4) for n, value in zip(series.sizes, took, strict=True)},
+        "model_ms": {str(n): 1000 * value for n, value in zip(series.sizes, least, strict=True)},
+    }
+    return Row(series.name, 1000 * took[-1], more=more)
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -135,6 +225,44 @@ def hear(engine: OnnxRuntimeEngine, model: MingConfig, seconds: int) -> Work:
     """One clip."""
     mel = np.random.default_rng(0).uniform(-1, 1, (100 * seconds, model.audio.num_mels)).astype(np.float32)
     return lambda: engine.run({"mel": mel})
+
+
+def read(processor: Processor, words: int) -> Work:
+    """A prompt of so many words to token ids and positions."""
+    rng = np.random.default_rng(0)
+    names = ("river", "lamp", "seven", "walk", "green", "paper", "under", "storm", "a", "of")
+    part = TextPart(" ".join(names[i] for i in rng.integers(0, len(names), words)))
+    request = Request((Message("user", (part,)),), "growth")
+    return lambda: processor.prepare(request)
+
+
+def decode(kilopixels: int) -> Work:
+    """A JPEG file to patches."""
+    side = round((1024 * kilopixels) ** 0.5)
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return lambda: process_image(buffer.getvalue())
+
+
+def watch(frames: int) -> Work:
+    """A film of so many frames, all of which are taken, to patches."""
+    still = np.asarray(Image.effect_noise((320 + 4 * frames, 240), 40).convert("RGB"))
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for i in range(frames):
+            part = np.ascontiguousarray(still[:, 4 * i : 4 * i + 320])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(part, "rgb24")))
+        container.mux(stream.encode())
+    return lambda: process_video(buffer.getvalue(), VideoPart(max_frames=frames))
+
+
+def listen(seconds: int) -> Work:
+    """Sound to mel frames."""
+    sound = np.random.default_rng(0).standard_normal(seconds * _RATE).astype(np.float32) / 10
+    return lambda: process_waveform(sound)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         ("environment", "cores", "cores"),
         ("server", "version", "server"),
         ("options", "max_tokens", "tokens of an answer"),
+        ("options", "steps", "steps of a picture"),
         ("options", "seed", "seed"),
         ("options", "media", "media"),
         ("manifest", "sha256", "manifest"),

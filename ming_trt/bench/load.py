@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,12 +36,13 @@ class Load:
         return {"kind": self.kind, "value": self.value}
 
 
-def run_load(load: Load, requests: int, send: Send, seed: int) -> tuple[list[Sample], float]:
-    """Sends `requests` requests; their samples in the order of the requests, and the seconds from the first to the
-    last end."""
+def run_load(load: Load, requests: int, send: Send, seed: int, seconds: float = math.inf) -> tuple[list[Sample], float]:
+    """Sends `requests` requests, after `seconds` no more; their samples in the order of the requests, and the seconds
+    from the first to the last end. At least one per place of a closed loop is sent."""
     if load.kind == "concurrency":
-        return _closed(int(load.value), requests, send)
-    return _open(arrival_times(load.value, requests, seed), send)
+        return _closed(int(load.value), requests, send, seconds)
+    times = arrival_times(load.value, requests, seed)
+    return _open([due for due in times if due <= seconds], send)
 
 
 def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
@@ -49,7 +51,7 @@ def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
     return [float(at) for at in np.cumsum(gaps) - gaps[0]]
 
 
-def _closed(concurrency: int, requests: int, send: Send) -> tuple[list[Sample], float]:
+def _closed(concurrency: int, requests: int, send: Send, seconds: float) -> tuple[list[Sample], float]:
     samples: list[Sample | None] = [None] * requests
     numbers = itertools.count()
     lock = threading.Lock()
@@ -59,7 +61,7 @@ def _closed(concurrency: int, requests: int, send: Send) -> tuple[list[Sample], 
         while True:
             with lock:
                 number = next(numbers)
-            if number >= requests:
+            if number >= requests or (number >= concurrency and time.perf_counter() - origin > seconds):
                 return
             samples[number] = send(number, time.perf_counter() - origin, origin)
 

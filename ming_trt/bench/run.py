@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,8 +43,9 @@ class Options:
     """What to measure. `rates` None: `AUTO_RATES` of the best closed-loop throughput; empty: none.
 
     `requests` and `warmup` are per scenario and load; the warm-up is thrown away. `traces`: so many further requests
-    are traced by the server, if it can; their latencies are in no other figure. `bundle`: what the server serves, for
-    MBU and MFU.
+    are traced by the server, if it can; their latencies are in no other figure. After `seconds` no more requests are
+    sent at a load (0: no limit; a quarter of it for the warm-up and for traces). `steps`: denoising steps of a picture
+    (0: as the server likes). `bundle`: what the server serves, for MBU and MFU.
     """
 
     url: str
@@ -53,7 +55,9 @@ class Options:
     requests: int = 20
     warmup: int = 2
     traces: int = 5
+    seconds: float = 60.0
     max_tokens: int = 32
+    steps: int = 8
     seed: int = 0
     slo: Slo = field(default_factory=Slo)
     media: Path | None = None
@@ -63,9 +67,9 @@ class Options:
         for name in ("requests", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
-        for name in ("warmup", "traces"):
+        for name in ("warmup", "traces", "seconds", "steps"):
             if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}: give 0 or more")
+                raise InputError(f"--{name} is {getattr(self, name):g}: give 0 or more")
         if not self.concurrency and not self.rates:
             raise InputError("there is no load to measure: give --concurrency or --rate")
         if any(value < 1 for value in self.concurrency):
@@ -144,9 +148,11 @@ class _Scenario:
         options = self._options
         # Other questions than those that count: a cache of prompts would make these look fast.
         together = load.value if load.kind == "concurrency" else 1
-        run_load(Load("concurrency", together), options.warmup, self._send(1, options.warmup), options.seed)
+        limit = options.seconds or math.inf
+        warm = Load("concurrency", together)
+        run_load(warm, options.warmup, self._send(1, options.warmup), options.seed, limit / 4)
         before = self._counts()
-        samples, wall = run_load(load, options.requests, self._send(0, options.requests), options.seed)
+        samples, wall = run_load(load, options.requests, self._send(0, options.requests), options.seed, limit)
         counts = {
             name: count.since(before.get(name, ModelCount()))
             for name, count in self._settled(before, len(samples)).items()
@@ -179,7 +185,8 @@ class _Scenario:
         if not count or self._tracing.why_not:
             return None
         with self._tracing.on():
-            samples, _ = run_load(load, count, self._send(2, count), self._options.seed)
+            limit = (self._options.seconds or math.inf) / 4
+            samples, _ = run_load(load, count, self._send(2, count), self._options.seed, limit)
         try:
             return summarize_traces(self._tracing.read([sample.id for sample in samples]), samples)
         except ServeError as error:
@@ -189,7 +196,8 @@ class _Scenario:
         options = self._options
         seed = _STREAMS * options.seed + stream
         # made now, since it would count as time of the request
-        prepared = [self._scenario.request(i, seed, self._media, options.max_tokens) for i in range(requests)]
+        sizes = (options.max_tokens, options.steps)
+        prepared = [self._scenario.request(i, seed, self._media, *sizes) for i in range(requests)]
 
         def send(number: int, due: float, origin: float) -> Sample:
             return measure(lambda: self._client.ask(**prepared[number]), due, origin)
@@ -235,7 +243,9 @@ def _described(options: Options, media: Mapping[str, Medium]) -> dict[str, Any]:
         "requests": options.requests,
         "warmup": options.warmup,
         "traces": options.traces,
+        "seconds": options.seconds,
         "max_tokens": options.max_tokens,
+        "steps": options.steps,
         "seed": options.seed,
         "slo": {
             "first_token_s": options.slo.first_token,

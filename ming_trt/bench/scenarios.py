@@ -35,10 +35,13 @@ class Scenario:
     words: int = 0
     gives: str = ""
 
-    def request(self, number: int, seed: int, media: Mapping[str, Medium], max_tokens: int) -> dict[str, Any]:
+    def request(
+        self, number: int, seed: int, media: Mapping[str, Medium], max_tokens: int, steps: int = 0
+    ) -> dict[str, Any]:
         """Arguments of `Client.ask` for request `number`: equal ones for equal seeds.
 
-        The answer has `max_tokens` tokens exactly, whatever the model says, so that runs can be compared.
+        The answer has `max_tokens` tokens exactly, whatever the model says, so that runs can be compared; a picture
+        takes `steps` denoising steps (0: as many as the server likes).
         """
         rng = np.random.default_rng([seed, number])
         question = self.question or str(rng.choice(_QUESTIONS)).format(rng.choice(_SUBJECTS))
@@ -52,7 +55,7 @@ class Scenario:
         if self.gives == "audio":
             arguments["speak"] = {}
         if self.gives == "image":
-            arguments["draw"] = {"seed": int(rng.integers(1 << 31))}
+            arguments["draw"] = {"seed": int(rng.integers(1 << 31)), **({"steps": steps} if steps else {})}
         if self.kind:
             arguments[self.needs] = [media[self.kind].content]
         return arguments

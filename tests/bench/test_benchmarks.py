@@ -127,12 +127,3 @@ def test_our_engine_and_torch_agree(scripts: Any, tmp_path: Path, monkeypatch: p
         result = step()
         logits = result["logits"] if isinstance(result, dict) else result
         assert np.isfinite(np.asarray(logits)).all() and np.asarray(logits).shape == (1, 1, model.llm.vocab_size)
-
-
-def test_page_of_results(scripts: Any) -> None:
-    row = {"what": "<decode>", "ours_ms": 1.0, "peer": "torch", "peer_ms": 3.0, "ratio": 3.0, "low": 2.9, "high": 3.1,
-           "goal": 2.5, "verdict": "reached", "note": "", "more": {"MBU": 0.8}}  # fmt: skip
-    result = {"benchmark": "llm_decode", "ceiling": None, "note": "n", "rows": [row]}
-    text = scripts("suite").page({"host": "h", "results": [result], "failures": {"vision": "exit code 1: it broke"}})
-    assert "&lt;decode&gt;" in text and "<decode>" not in text
-    assert "reached" in text and "it broke" in text and "<svg" in text

@@ -188,6 +188,19 @@ def test_scenarios_that_cannot_run_say_why() -> None:
     assert skipped["audio"] == "the server takes no 'audios'"
     assert skipped["drawing"] == skipped["edit"] == "the server has no output 'image'"
     assert "speech" not in skipped
+    media = made_media()
+    every, none = choose((), {**media, "video": media["image"]}, {"images", "videos", "audios"}, {"audio", "image"})
+    assert [scenario.name for scenario in every] == [scenario.name for scenario in SCENARIOS] and not none
+    deaf, why = choose(("edit", "drawing"), media, set(), {"image"})
+    assert [scenario.name for scenario in deaf] == ["drawing"] and why == {"edit": "the server takes no 'images'"}
+
+
+def test_an_edit_sends_a_picture_and_the_steps() -> None:
+    edit = next(scenario for scenario in SCENARIOS if scenario.name == "edit")
+    media = made_media()
+    request = edit.request(0, 1, media, 16, steps=3)
+    assert request["images"] == [media["image"].content] and request["draw"]["steps"] == 3
+    assert "steps" not in edit.request(0, 1, media, 16)["draw"]
 
 
 def test_the_machine() -> None:

@@ -106,6 +106,14 @@ def test_concurrency_is_kept() -> None:
     assert report["points"][0]["totals"]["requests"] == 9
 
 
+def test_time_is_limited() -> None:
+    """Ten requests of 60 ms do not fit into 0.15 s; what began is finished and counted."""
+    report, _ = measured(Delays(prefill=0.06), requests=10, seconds=0.15)
+    (point,) = report["points"]
+    assert 1 <= point["totals"]["requests"] <= 4
+    assert point["totals"]["succeeded"] == point["totals"]["requests"] == len(point["samples"])
+
+
 def test_rates_follow_the_throughput() -> None:
     report, _ = measured(Delays(prefill=0.02), rates=None, concurrency=(1, 2))
     loads = [point["load"] for point in report["points"]]
@@ -140,6 +148,8 @@ def test_report_is_json_and_says_its_conditions() -> None:
         ({"requests": 0}, "--requests is 0"),
         ({"warmup": -1}, "--warmup is -1"),
         ({"traces": -1}, "--traces is -1"),
+        ({"seconds": -0.5}, "--seconds is -0.5"),
+        ({"steps": -1}, "--steps is -1"),
         ({"concurrency": (), "rates": ()}, "no load"),
         ({"concurrency": (0,)}, "--concurrency has 0"),
         ({"rates": (0.0,)}, "--rate has 0"),

@@ -1,0 +1,179 @@
+"""The suite of benchmarks: survives what fails, goes on after it was killed, and its results reach page and README."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+ROW = {"what": "<decode>", "ours_ms": 1.0, "peer": "torch", "peer_ms": 3.0, "ratio": 3.0, "low": 2.9, "high": 3.1,
+       "target": 2.5, "goal": 3.5, "verdict": "reached", "note": "", "more": {"MBU": 0.8}}  # fmt: skip
+GROWTH = {
+    **ROW, "what": "prompt", "peer": "", "ratio": 0.0, "target": 0.0, "verdict": "",
+    "more": {"k": 1.1, "k_of_model": 1.0, "ms": {"1": 2.0, "2": 4.0}, "model_ms": {"1": 1.0, "2": 2.0}},
+}  # fmt: skip
+TTFT = {**ROW, "what": "first token", "target": 0.0, "verdict": "", "more": {"asked": "at most 5 ms more: reached"}}
+RESULT = {"benchmark": "llm_decode", "ceiling": None, "note": "n", "threads": 2, "rows": [ROW, GROWTH, TTFT]}
+PACKAGES = {"torch": "2", "onnxruntime": "1"}
+MERGED = {
+    "host": "h",
+    "created": "2026-01-02T03:04:05+00:00",
+    "minutes": 12.5,
+    "seconds": {"llm_decode": 9.0},
+    "environment": {"processor": "P(R)", "cores": 2, "memory_bytes": 2**34, "packages": PACKAGES},
+    "made_engines": {"llm_decode": ["llm-int8-0"]},
+    "results": [RESULT],
+    "failures": {"vision": "exit code 1: it broke"},
+}
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Any]:
+    """Imports scripts by name, as they import each other."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def options(out: Path, minutes: float = 15.0) -> argparse.Namespace:
+    return argparse.Namespace(out=out, minutes=minutes, threads=1, tiny=False, fresh=False)
+
+
+def write_scripts(folder: Path, slow: str = "pass") -> None:
+    """Three benchmarks: one that works and counts its runs, one that does `slow`, one that fails."""
+    good = f"import json, pathlib\nwith open({str(folder / 'runs')!r}, 'a') as f: f.write('x')\n"
+    good += f"print('a table')\nprint(json.dumps({RESULT!r}))\n"
+    for name, text in (("good", good), ("slow", slow + "\n" + good), ("bad", "raise SystemExit('it broke')")):
+        (folder / f"{name}.py").write_text(text)
+
+
+def arrange(suite: Any, folder: Path, patch: pytest.MonkeyPatch, limit: float = 60.0) -> None:
+    patch.setattr(suite, "HERE", folder)
+    patch.setattr(suite, "BENCHMARKS", {name: suite.Share(1.0, limit) for name in ("good", "slow", "bad")})
+    patch.setattr(suite, "show", lambda result: None)
+
+
+def test_failures_are_named_and_the_others_still_run(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = scripts("suite")
+    write_scripts(tmp_path, "import time; time.sleep(60)")
+    arrange(suite, tmp_path, monkeypatch, limit=1.5)
+    merged = suite.run_all(["slow", "bad", "good"], options(tmp_path))
+    assert merged["failures"] == {"slow": "it was stopped after 2 s", "bad": "exit code 1: it broke"}
+    assert [result["benchmark"] for result in merged["results"]] == ["llm_decode"]
+    assert merged["minutes"] < 0.5 and merged["seconds"]["slow"] >= 1.5
+    none_left = suite.run_all(["good"], options(tmp_path, minutes=0.0))
+    assert none_left["failures"] == {"good": "no time was left for it"}
+
+
+def test_a_killed_suite_goes_on_where_it_was(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = scripts("suite")
+    write_scripts(
+        tmp_path, f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
+    driver = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nimport argparse, pathlib, suite\n"
+        f"suite.HERE = pathlib.Path({str(tmp_path)!r})\nsuite.show = lambda result: None\n"
+        "suite.BENCHMARKS = {name: suite.Share(1.0, 60.0) for name in ('good', 'slow', 'bad')}\n"
+        f"suite.run_all(['good', 'slow'], argparse.Namespace(out=pathlib.Path({str(tmp_path)!r}), minutes=15.0, "
+        "threads=1, tiny=False, fresh=False))"
+    )
+    first = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    child = int((tmp_path / "pid").read_text())
+    while Path(f"/proc/{child}/stat").is_file() and ") Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline, "the benchmark outlived its suite"
+        time.sleep(0.02)
+    arrange(suite, tmp_path, monkeypatch)
+    write_scripts(tmp_path)
+    merged = suite.run_all(["good", "slow"], options(tmp_path))
+    assert len(merged["results"]) == 2 and not merged["failures"]
+    assert (tmp_path / "runs").read_text() == "xx", "what was done ran again"
+    suite.run_all(["good", "slow"], options(tmp_path))
+    assert (tmp_path / "runs").read_text() == "xxxx", "a suite that ended is not taken up"
+    assert not list(tmp_path.glob(".*.suite*"))
+
+
+def test_journal_is_of_its_options(scripts: Any, tmp_path: Path) -> None:
+    suite = scripts("suite")
+    journal = suite.Journal(tmp_path / "j", [["a"], 15.0])
+    journal.note("a", {"seconds": 2.0, "failure": "x"})
+    assert suite.Journal(tmp_path / "j", [["a"], 15.0]).spent == 2
+    assert suite.Journal(tmp_path / "j", [["b"], 15.0]).done == {}
+
+
+def test_page_of_results(scripts: Any) -> None:
+    text = scripts("suite").page(MERGED)
+    assert "&lt;decode&gt;" in text and "<decode>" not in text
+    for words in ("reached", "it broke", "<svg", "12.5 minutes", "llm-int8-0", "k 1.10, the model"):
+        assert words in text, words
+    assert text.count("<figure>") == 2 and "goal 3.5×" in text
+
+
+def test_readme_table_and_picture(scripts: Any) -> None:
+    readme = scripts("readme")
+    text = readme.section(MERGED, readme.RESULTS / "h.json")
+    assert "Measured on P, 2 cores, 16 GiB (2026-01-02; torch 2, ONNX Runtime 1)" in text
+    assert "| <decode> | 1 ms | 3 ms, torch | 3.00 (2.90 to 3.10) | 2.5, goal 3.5: reached |" in text
+    assert "at most 5 ms more: reached" in text and "prompt" not in text
+    assert "vision: not measured (exit code 1: it broke)" in text
+    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert readme.filled(page, "new") == f"before\n{readme.BEGIN}\n\nnew\n{readme.END}\nafter\n"
+    assert readme.filled(readme.filled(page, "new"), "new") == readme.filled(page, "new")
+    with pytest.raises(ValueError, match="has no"):
+        readme.filled("nothing", "new")
+    drawn = readme.picture(MERGED)
+    assert drawn.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "&lt;decode&gt;" in drawn
+    import xml.etree.ElementTree as ElementTree
+
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+
+
+def test_readme_is_what_the_result_says(scripts: Any) -> None:
+    """Of the result that README.md names, if one is there."""
+    readme = scripts("readme")
+    named = [
+        line.split("`")[1] for line in readme.README.read_text().splitlines() if line.startswith("`benchmarks/results/")
+    ]
+    if not named:
+        pytest.skip("README.md names no result yet")
+    source = FOLDER.parent / named[0]
+    merged = json.loads(source.read_text())
+    shown = readme.README.read_text()
+    assert readme.filled(shown, readme.section(merged, source)) == shown
+    assert readme.PICTURE.read_text() == readme.picture(merged)
+
+
+def test_serving_overhead_counts_what_is_added(scripts: Any) -> None:
+    overhead = scripts("serving_overhead")
+    value, low, high = overhead.added_ms([12.0, 13.0, 14.0] * 10, [10.0, 11.0, 12.0] * 10)
+    assert value == 2 and low <= 2 <= high
+    from ming_trt.bench.samples import Sample
+
+    def samples(token: float) -> list[Sample]:
+        return [Sample(0, 0, 1, 1, [(0.1, 1), (0.1 + token, 1)]) for _ in range(10)]
+
+    itl, ttft = overhead.compared("x", samples(0.0205), samples(0.02), asked=True)
+    assert itl.verdict == "reached" and "reached" in ttft.more["asked"]
+    itl, _ = overhead.compared("x", samples(0.0215), samples(0.02), asked=True)
+    assert itl.verdict == "not reached"
+    assert not overhead.compared("x", samples(0.03), samples(0.02), asked=False)[0].target
