@@ -23,6 +23,8 @@ from ming_trt.runtime.engine import Array, Arrays, TensorSpec, check_call, check
 
 MAX_CALLS = 64
 """Kinds of runs (and captured graphs) that an engine remembers; the one unused for longest goes."""
+# Decode, not prefill: runs whose shapes seldom repeat gain nothing, and capturing takes longer than they do.
+CAPTURED_PROFILE = 0
 # Above this size buffers grow to what is needed, below it to a power of two, since captured graphs know addresses.
 _LARGE = 1 << 26
 
@@ -92,8 +94,9 @@ class _Buffer:
 class DeviceEngine:
     """See `ming_trt.runtime.engine.Engine` for the contract, and `OwnMemory` for arrays that stay on the device.
 
-    Owns `queue` and one use of `plan`. `capture`: whether runs that repeat are captured as graphs (`max_calls` of them
-    at most); `shrink_memory` gives buffers and working memory back after each run that was not captured.
+    Owns `queue` and one use of `plan`. `capture`: whether runs of the first profile that repeat are captured as graphs
+    (`max_calls` of them at most); `shrink_memory` gives buffers and working memory back after each run, unless such
+    graphs refer to them.
     """
 
     def __init__(
@@ -220,7 +223,9 @@ class DeviceEngine:
         late = sum(aligned(layout.places[name].size) for name in layout.late)
         call = _Call(profile, shapes, given, layout, layout.downloaded + late)
         if len(self._calls) >= self._max_calls:
-            self._drop_graph(self._calls.popitem(last=False)[1])
+            # Runs that come once must not push out the graphs of those that come again.
+            oldest = next((each for each, known in self._calls.items() if known.graph is None), next(iter(self._calls)))
+            self._drop_graph(self._calls.pop(oldest))
         self._calls[key] = call
         return call
 
@@ -278,7 +283,7 @@ class DeviceEngine:
         finally:
             self._queue.wait()
         # Only now has the context settled for these shapes; capturing runs nothing.
-        if self._capture and call.runs > 1 and not call.refused:
+        if self._capture and call.profile == CAPTURED_PROFILE and call.runs > 1 and not call.refused:
             try:
                 call.graph = self._queue.capture(lambda: self._enqueue(context, call))
             except CaptureError as error:

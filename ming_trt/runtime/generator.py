@@ -20,7 +20,7 @@ import numpy as np
 
 from ming_trt.errors import EngineError, MingError
 from ming_trt.runtime.cancel import CancelBoard
-from ming_trt.runtime.engine import Array, Arrays, Engine, zeros
+from ming_trt.runtime.engine import Array, Arrays, Engine, place, zeros
 from ming_trt.runtime.events import HiddenEvent
 from ming_trt.runtime.front import Front
 from ming_trt.runtime.kv_cache import KVCache
@@ -105,6 +105,8 @@ class LLM(Front):
         stop = min(start + self.options.prefill_chunk, sequence.prompt_length)
         last = stop == sequence.prompt_length
         wanted = None
+        if not last and not start:
+            sequence.features = place(self._engine, sequence.features)  # every chunk takes all of them
         if sequence.wanted is not None:
             wanted = sequence.wanted[(sequence.wanted >= start) & (sequence.wanted < stop)] - start
         # `logits` of every chunk but the last would be thrown away: the engine makes one row of them and gives none.
@@ -124,6 +126,7 @@ class LLM(Front):
         if wanted is not None and wanted.size:
             sequence.hidden.append((results["hidden"][0, wanted], results["embeds"][0, wanted]))
         if last:
+            sequence.features = np.zeros((0, self._hidden), np.float32)  # nothing looks at them any more
             self._scheduler.promote()
             self._finish_reading(sequence, results["logits"][0, 0])
 

@@ -20,7 +20,7 @@ from ming_trt.processing.draw import DrawOptions
 from ming_trt.processing.image_size import FittedSize, requested_size
 from ming_trt.processing.query import USED
 from ming_trt.processing.reference import Reference
-from ming_trt.runtime.engine import Engine, check_finite, open_engine
+from ming_trt.runtime.engine import Arrays, Engine, check_finite, open_engine, place
 from ming_trt.runtime.flow_match import F32, Branch, FlowMatchSchedule, Guidance, euler_step, initial_noise
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class ImageEngines:
         self.factor = factor
         self.channels = channels
         self._negative: Prompt | None = None
+        self._held: tuple[Any, Arrays] | None = None
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 0, shrink_memory: bool = True) -> ImageEngines:
@@ -185,18 +186,32 @@ class ImageEngines:
             job.velocity, job.latent = guided, latent
             job.done += 1
             job.seconds["denoise"] += perf_counter() - began
+        if any(job.finished for job in jobs):
+            self._held = None
 
-    def _rows(self, jobs: Sequence[ImageJob], branches: Sequence[Sequence[Branch]]) -> dict[str, npt.NDArray[Any]]:
+    def _rows(self, jobs: Sequence[ImageJob], branches: Sequence[Sequence[Branch]]) -> Arrays:
         """The denoiser's inputs: for each job its guidance branches."""
         rows = [(job, *branch) for job, names in zip(jobs, branches, strict=True) for branch in names]
+        if self._held is None or self._held[0] != rows:
+            self._held = None  # first: the memory may be what the new arrays are made of
+            engine = self.engines["dit"]
+            self._held = rows, {name: place(engine, array) for name, array in self._constant(rows).items()}
+        return {
+            "latent": np.stack([job.latent for job, _, _ in rows]),
+            "time": np.array([job.times[job.done] for job, _, _ in rows], np.float32),
+            **self._held[1],
+        }
+
+    def _constant(self, rows: Sequence[tuple[ImageJob, bool, bool]]) -> Arrays:
+        """Those inputs that stay the same while the same jobs share a step: where the engine has memory of its own they
+        go there once."""
+        jobs = [job for job, _, _ in rows]
         height, width, referenced = jobs[0].group
         negative = self.negative(jobs[0].request.hidden.shape[-1])
         told = [job.prompt if conditioned else negative for job, conditioned, _ in rows]
         tokens = height * width // PATCH**2
         none = np.zeros((self.channels, height, width) if referenced else (self.channels, PATCH, PATCH), np.float32)
         return {
-            "latent": np.stack([job.latent for job, _, _ in rows]),
-            "time": np.array([job.times[job.done] for job, _, _ in rows], np.float32),
             "context": np.stack([prompt.context for prompt in told]),
             "pooled": np.stack([prompt.pooled for prompt in told]),
             "reference": np.stack(
