@@ -178,11 +178,11 @@ class _Plan:
         self.checkpoint: Checkpoint = Checkpoint(options.checkpoint)
         # how the engines other than TensorRT-LLM's are built
         self.plain = self.preset
-        self.components: dict[str, Component | trtllm.LLMCheckpoint] = {}
+        self.components: dict[str, Component | trtllm.Made] = {}
         names: tuple[str, ...] = tuple(registry.COMPONENTS)
         if self.preset.target == trtllm.TARGET:
             self.plain = trtllm.beside(self.preset)
-            self.components = {trtllm.NAME: trtllm.COMPONENT, trtllm.ENGINE: trtllm.COMPONENT}
+            self.components = trtllm.components()
             wanted = trtllm.others(options.only) or any("plan" in record.facts for record in space.records.values())
             names = trtllm.others(()) if wanted else ()
         self.plain_names = names
@@ -380,11 +380,11 @@ class _Plan:
 
     def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
         verdict = gate.get("verdict", MISSING)
-        own = ("inputs", "outputs", "precision", "weights", "model", "rung")
+        own = ("inputs", "outputs", "precision", "weights", "model", "rung", "target")
         rest = {key: value for key, value in facts.items() if key not in own}
         return ComponentEntry(
             trtllm_engine.SERVED if name == trtllm.ENGINE else name,
-            self.plain.target if name in self.plain_names else self.preset.target,
+            str(facts.get("target", self.plain.target if name in self.plain_names else self.preset.target)),
             str(facts["precision"]),
             str(facts.get("model", f"{name}/model.onnx")),
             facts["inputs"],

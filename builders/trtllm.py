@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry, trtllm_engine
+from builders import registry, trtllm_engine, trtllm_rope
 from builders.code import code_version, tool_versions
 from builders.steps import Context, Step, digest, peak_memory
 from builders.trtllm_layout import Layout, layout, parallel
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ming_trt.models.weights import WeightSource
 
 NAME, CALIBRATION, ENGINE = "llm-checkpoint", "llm-calibration", trtllm_engine.NAME
+ROPE = trtllm_rope.NAME
 GATE = f"gate:{NAME}"
 # the engine of other targets, in whose place these stand
 _REPLACED = "llm"
@@ -61,6 +62,12 @@ class LLMCheckpoint:
 
 
 COMPONENT = LLMCheckpoint()
+Made = LLMCheckpoint | trtllm_rope.RopeTableEngine
+
+
+def components() -> dict[str, Any]:
+    """What this target's steps give, by the step's name."""
+    return {NAME: COMPONENT, ENGINE: COMPONENT, ROPE: trtllm_rope.ENGINE}
 
 
 def max_positions(preset: Preset, llm: LLMConfig) -> int:
@@ -156,7 +163,7 @@ def check_selection(only: tuple[str, ...]) -> None:
 def check_bundle(folder: Path, records: Mapping[str, Record]) -> None:
     """Raises `BuildError` if the folder holds engines of another target, which this build would replace."""
     for name, record in records.items():
-        ours = name in (NAME, CALIBRATION, ENGINE, "assets") or name.startswith("gate:")
+        ours = name in (NAME, CALIBRATION, ENGINE, ROPE, "assets") or name.startswith("gate:")
         if not ours and "plan" not in record.facts:
             raise BuildError(f"'{folder}' holds {name} for another target: build {NAME} into a folder of its own")
 
@@ -219,7 +226,10 @@ def steps(
         return report.as_dict()
 
     result.append(Step(GATE, gate_key, gate, (NAME,)))
-    return [*result, *trtllm_engine.steps(preset, content, cache)] if engine else result
+    if engine:
+        result += trtllm_rope.steps(beside(preset), llm, max_positions(preset, llm), cache)
+        result += trtllm_engine.steps(preset, content, cache)
+    return result
 
 
 def _calibration(

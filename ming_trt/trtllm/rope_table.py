@@ -47,6 +47,15 @@ def frequency_axes(kind: str, sections: tuple[int, int, int]) -> npt.NDArray[np.
     raise ValueError(f"unknown rope kind {kind!r}")
 
 
+def inverse_frequencies(config: LLMConfig) -> Floats:
+    """Radians per unit of position, float32 [head_dim / 2], in the reference's order of operations."""
+    exponents = np.arange(config.head_dim // 2, dtype=np.float32) * np.float32(2) / np.float32(config.head_dim)
+    # numpy's own float32 power is an ulp off here and there, and an ulp is an angle of position * 2^-24
+    powers = np.power(np.float64(np.float32(config.rope_theta)), exponents.astype(np.float64)).astype(np.float32)
+    inverse: Floats = np.float32(1) / powers
+    return inverse
+
+
 def rope_table(config: LLMConfig, positions: npt.ArrayLike, delta: int, max_positions: int) -> Floats:
     """float32 [max_positions * head_dim] for the prompt's positions [3, L]; place i >= L has the position i + delta.
 
@@ -58,10 +67,7 @@ def rope_table(config: LLMConfig, positions: npt.ArrayLike, delta: int, max_posi
     _check_length(length, max_positions)
     rest = np.arange(length, max_positions) + delta
     places = np.concatenate((given, np.broadcast_to(rest, (3, len(rest)))), axis=1).astype(np.float32)
-    half = config.head_dim // 2
-    exponents = np.arange(half, dtype=np.float32) * np.float32(2) / np.float32(config.head_dim)
-    inverse = np.float32(1) / np.power(np.float32(config.rope_theta), exponents)
-    angles = places[frequency_axes(config.rope_kind, config.rope_sections)].T * inverse
+    angles = places[frequency_axes(config.rope_kind, config.rope_sections)].T * inverse_frequencies(config)
     table: Floats = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32).reshape(-1)
     return table
 

@@ -12,9 +12,8 @@ import pytest
 
 from ming_trt import presets
 from ming_trt.errors import UnavailableError
-from ming_trt.trtllm import engine, model, signatures
+from ming_trt.trtllm import engine, model, service, signatures
 from ming_trt.trtllm import open as opening
-from ming_trt.trtllm import service
 from ming_trt.trtllm.recorder import recorder
 from ming_trt.trtllm.signatures import EXECUTOR, METHODS, NETWORK, Symbol
 
