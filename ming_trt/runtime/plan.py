@@ -16,7 +16,7 @@ from ming_trt.bundle import sha256
 from ming_trt.errors import EngineError, UnavailableError
 
 # Raised when an input, an attribute or the meaning of one of our plugins changes; `plugins/` exports the same number.
-PLUGIN_ABI = 1
+PLUGIN_ABI = 2
 ABI_SYMBOL = "ming_plugin_abi"
 _FIELDS = ("edition", "version", "devices", "plugin_abi", "sha256", "size")
 # CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR and _MINOR

@@ -5,8 +5,8 @@
 
 namespace ming {
 
-// Counts up when a signature or the meaning of an argument changes; stamped into bundles.
-constexpr int32_t kPluginAbi = 1;
+// Counts up when a plugin is added, or a signature or the meaning of an argument changes; stamped into bundles.
+constexpr int32_t kPluginAbi = 2;  // 2: SparseMoEFP8
 
 enum Status : int32_t {
   kOk = 0,

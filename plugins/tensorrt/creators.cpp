@@ -22,8 +22,9 @@ __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFin
 
 __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static nvinfer1::IPluginCreatorInterface* const creators[] = {
-      ming::trt::mrope_creator(), ming::trt::mrope_table_creator(), ming::trt::sparse_moe_creator()};
-  count = 3;
+      ming::trt::mrope_creator(), ming::trt::mrope_table_creator(), ming::trt::sparse_moe_creator(),
+      ming::trt::sparse_moe_fp8_creator()};
+  count = 4;
   return creators;
 }
 

@@ -159,5 +159,6 @@ class Creator : public IPluginCreatorV3One {
 IPluginCreatorInterface* mrope_creator();
 IPluginCreatorInterface* mrope_table_creator();
 IPluginCreatorInterface* sparse_moe_creator();
+IPluginCreatorInterface* sparse_moe_fp8_creator();
 
 }  // namespace ming::trt

@@ -21,6 +21,7 @@ from builders.tensorrt import Settings, compile_plan
 from builders.tensorrt_audit import run_graph
 from builders.tensorrt_graph import adapt
 from builders.tensorrt_profiles import Phase
+from builders.tensors import TORCH_DTYPES
 from ming_trt.config import LLMConfig
 from ming_trt.errors import BuildError
 from ming_trt.models.llm import MoE
@@ -43,9 +44,11 @@ def drawn() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
 
 
 def quantised(weights: dict[str, torch.Tensor], scheme: Scheme = SCHEME, ranges: dict[str, float] = RANGES) -> ir.Model:
+    dtype = TORCH_DTYPES[scheme.floats]
     with torch.device("meta"):
-        model = export_experts(Experts(EXPERTS, HIDDEN, WIDTH, TOP_K, True), weights)
-    add_bodies(model)
+        module = Experts(EXPERTS, HIDDEN, WIDTH, TOP_K, True).to(dtype)
+    model = export_experts(module, {name: value.to(dtype) for name, value in weights.items()}, dtype)
+    add_bodies(model, scheme.floats)
     adapt(model, ExportOptions("tensorrt", "fp8", scheme, ranges=tuple(ranges.items())))
     return model
 
@@ -111,11 +114,7 @@ def test_the_body_is_that_of_the_floats_with_qdq_and_scales() -> None:
     weights, _, _ = drawn()
     bodies = []
     for scheme in (Floats("bf16"), FP8PerChannel("bf16")):
-        with torch.device("meta"):
-            model = export_experts(Experts(EXPERTS, HIDDEN, WIDTH, TOP_K, True), weights)
-        add_bodies(model, "bf16")
-        adapt(model, ExportOptions("tensorrt", "", scheme, ranges=tuple(RANGES.items())))
-        [function] = model.functions.values()
+        [function] = quantised(weights, scheme).functions.values()
         bodies.append([node.op_type for node in function])
     plain, fp8 = bodies
     added = ("QuantizeLinear", "DequantizeLinear", "Constant", "Cast", "Unsqueeze")
@@ -150,7 +149,7 @@ def test_each_matrix_of_the_experts_keeps_25_db() -> None:
 def test_a_builder_without_the_plugin_takes_the_body_apart(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt_rtx_libs") is None:
         pytest.skip("TensorRT-RTX is not installed: pip install 'ming-trt[rtx]'")
-    save(quantised(drawn()[0], FP8PerChannel("fp32")), tmp_path)
+    save(quantised(drawn()[0], FP8PerChannel("bf16")), tmp_path)
     inputs = {"x": {"shape": ["N", HIDDEN]}, "logits": {"shape": ["N", EXPERTS]}}
     built = compile_plan(
         tmp_path / "model.onnx", inputs, [Phase("any", {"N": (1, 8, 64)})], tmp_path, Settings("tensorrt-rtx")

@@ -16,6 +16,7 @@ from torch import nn
 from builders.export import MODEL_FILE, bind_weights, export_graph, save
 from builders.functions import DOMAIN, PLUGIN_NAMESPACE, add_bodies, translations
 from builders.lowering import CONTRIB, lower
+from builders.tensors import BFLOAT16
 from ming_trt.config import ROPE_KINDS
 from ming_trt.errors import BuildError
 from ming_trt.models import ops
@@ -41,14 +42,19 @@ class Rope(nn.Module):
         return ops.mrope(q, k, position_ids, 600000.0, self.kind, [4, 6, 6])
 
 
-def export_experts(module: Experts, weights: dict[str, torch.Tensor]) -> ir.Model:
+def export_experts(module: Experts, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> ir.Model:
     experts, hidden = module.down.shape[:2]
-    inputs = {"x": torch.zeros(5, hidden, device="meta"), "logits": torch.zeros(5, experts, device="meta")}
+    sizes = {"x": hidden, "logits": experts}
+    inputs = {name: torch.zeros(5, size, dtype=dtype, device="meta") for name, size in sizes.items()}
     model = export_graph(module, inputs, {"x": {0: "N"}, "logits": {0: "N"}}, ["y"], translations())
     # in pieces that do not end where an expert does
-    pieces = {name: [part.numpy() for part in value.reshape(-1).split(7)] for name, value in weights.items()}
+    pieces = {name: [as_numpy(part) for part in value.reshape(-1).split(7)] for name, value in weights.items()}
     bind_weights(model, {name: (lambda value=value: value) for name, value in pieces.items()})
     return model
+
+
+def as_numpy(value: torch.Tensor) -> np.ndarray:
+    return value.view(torch.uint16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy()
 
 
 def run(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

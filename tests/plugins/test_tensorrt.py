@@ -10,6 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -49,21 +50,29 @@ def test_abi_of_library_and_stamp_agree() -> None:
     assert binding.emulated_library("mrope").ming_plugin_abi() == PLUGIN_ABI
 
 
-def model(kind: str, precision: str, folder: Path, **changed: int) -> Path:
-    """One node of each plugin; SparseMoE with and without modality codes."""
+def model(kind: str, precision: str, folder: Path, **changed: float) -> Path:
+    """One node of each plugin; the experts, in floats and in FP8, with and without modality codes."""
     float_type = TYPES[precision]
     value = helper.make_tensor_value_info
     axes = reference.frequency_axes(kind, (4, 6, 6))
     shared = {"domain": "ming", "plugin_namespace": "ming"}
     rope = {"theta": 600000.0, "axes": axes} | shared
-    experts = {"top_k": changed.get("top_k", 2), "normalize": 1} | shared
-    width = changed.get("width", WIDTH)
+    experts = {"top_k": int(changed.get("top_k", 2)), "normalize": 1} | shared
+    width = int(changed.get("width", WIDTH))
     nodes = [
         helper.make_node("MRope", ["q", "k", "positions"], ["q_out", "k_out"], name="rope", **rope),
         helper.make_node("MRopeTable", ["prompt", "delta"], ["table"], name="table", max_positions=PLACES, **rope),
         helper.make_node("SparseMoE", ["x", "logits", "gate_up", "down"], ["y"], name="experts", **experts),
         helper.make_node(
             "SparseMoE", ["x", "all_logits", "gate_up", "down", "modality"], ["z"], name="more", **experts
+        ),
+    ]
+    in_fp8 = ["gate_up_fp8", "down_fp8", "gate_up_scale", "down_scale"]
+    units = {"x_scale": 0.01, "inner_scale": changed.get("inner_scale", 0.02)}
+    nodes += [
+        helper.make_node("SparseMoEFP8", ["x", "logits", *in_fp8], ["y8"], name="experts8", **units, **experts),
+        helper.make_node(
+            "SparseMoEFP8", ["x", "all_logits", *in_fp8, "modality"], ["z8"], name="more8", **units, **experts
         ),
     ]
     inputs = [
@@ -77,12 +86,15 @@ def model(kind: str, precision: str, folder: Path, **changed: int) -> Path:
         value("all_logits", float_type, ["N", 3 * EXPERTS]),
         value("modality", TensorProto.INT64, ["N"]),
     ]
-    outputs = [value(name, float_type, None) for name in ("q_out", "k_out", "y", "z")]
+    outputs = [value(name, float_type, None) for name in ("q_out", "k_out", "y", "z", "y8", "z8")]
     outputs.append(value("table", TensorProto.FLOAT, None))
     weights = []
     for name, shape in (("gate_up", (EXPERTS, 2 * width, HIDDEN)), ("down", (EXPERTS, HIDDEN, width))):
         count = shape[0] * shape[1] * shape[2]
         weights.append(helper.make_tensor(name, float_type, shape, bytes(2 * count), raw=True))
+        weights.append(helper.make_tensor(f"{name}_fp8", TensorProto.FLOAT8E4M3FN, shape, bytes(count), raw=True))
+        ones = np.ones(shape[:2], np.float32)
+        weights.append(numpy_helper.from_array(ones, f"{name}_scale"))
     assert all(numpy_helper.to_array(weight).size for weight in weights)
     graph = helper.make_graph(nodes, "plugins", inputs, outputs, weights)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("ming", 1)])
@@ -105,16 +117,40 @@ def build(path: Path, plugins: Path, folder: Path) -> Built:
 )
 def test_a_real_builder_takes_the_plugins(kind: str, precision: str, plugins: Path, tmp_path: Path) -> None:
     built = build(model(kind, precision, tmp_path), plugins, tmp_path / "out")
-    assert built.layers["PLUGIN_V3"] == 4
+    assert built.layers["PLUGIN_V3"] == 6
     assert built.stamp.plugin_abi == PLUGIN_ABI
     plan = (tmp_path / "out" / "model.plan").read_bytes()
-    for name in (b"MRope", b"MRopeTable", b"SparseMoE"):
+    for name in (b"MRope", b"MRopeTable", b"SparseMoE", b"SparseMoEFP8"):
         assert name in plan
 
 
-@pytest.mark.parametrize(("change", "said"), [({"width": 44}, "do not agree"), ({"top_k": 17}, "top_k")])
+def test_the_exported_node_of_experts_in_fp8_is_the_plugin_s(plugins: Path, tmp_path: Path) -> None:
+    from builders.export import save
+    from builders.precision import FP8PerChannel
+    from tests.builders.test_fp8_experts import EXPERTS as COUNT
+    from tests.builders.test_fp8_experts import HIDDEN as SIZE
+    from tests.builders.test_fp8_experts import drawn, quantised
+
+    # activations of half a size, since no kernel takes float32
+    save(quantised(drawn()[0], FP8PerChannel("bf16")), tmp_path)
+    inputs = {"x": {"shape": ["N", SIZE]}, "logits": {"shape": ["N", COUNT]}}
+    settings = Settings(tensorrt_api.RTX, plugins=(plugins,), timeout=120)
+    built = compile_plan(tmp_path / "model.onnx", inputs, [Phase("any", {"N": (1, 8, 64)})], tmp_path / "out", settings)
+    assert built.layers["PLUGIN_V3"] == 1 and "MATRIX_MULTIPLY" not in built.layers
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 44}, "do not agree"),
+        # a multiple of 8, which FP8 rows may not be
+        ({"width": 40}, "SparseMoEFP8: the shapes"),
+        ({"top_k": 17}, "top_k"),
+        ({"inner_scale": 0.0}, "above 0"),
+    ],
+)
 def test_what_the_kernels_cannot_do_is_refused_in_words(
-    change: dict[str, int], said: str, plugins: Path, tmp_path: Path
+    change: dict[str, float], said: str, plugins: Path, tmp_path: Path
 ) -> None:
     path = model(reference.THREE_D, "bf16", tmp_path, **change)
     with pytest.raises(BuildError):
