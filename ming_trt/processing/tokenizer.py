@@ -18,6 +18,7 @@ from pathlib import Path
 import tokenizers
 
 from ming_trt.errors import CheckpointError, InputError
+from ming_trt.processing.qwen_files import VOCAB, has_vocab_and_merges, read_vocab_and_merges
 
 # A character has at most 4 bytes, so no more than this many tokens before the new ones can belong to it.
 CONTEXT_TOKENS = 3
@@ -101,9 +102,14 @@ class Tokenizer(TextCodec):
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> Tokenizer:
-        """Reads `folder/tokenizer.json`. Raises `CheckpointError` where it is missing, damaged or of another kind."""
+        """Reads `folder/tokenizer.json`, or `vocab.json` and `merges.txt` where that is missing (`qwen_files.py`).
+
+        Raises `CheckpointError` where there is neither, or a file is damaged or of another kind.
+        """
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
+            if has_vocab_and_merges(Path(folder)):
+                return cls(read_vocab_and_merges(Path(folder)), str(Path(folder) / VOCAB))
             raise CheckpointError(f"no tokenizer.json in '{folder}': copy the checkpoint's tokenizer files there")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
