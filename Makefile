@@ -12,7 +12,7 @@ PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 help:
 	@echo "make demo    install, build the mini checkpoint's engines, serve them, ask one question per modality"
-	@echo "make test    the whole test suite"
+	@echo "make test    the whole test suite, in two processes"
 	@echo "make bench   the benchmarks, 15 minutes at most; needs 16 GiB of free memory and 6 GB of disk"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format and its safe fixes"
@@ -29,7 +29,7 @@ demo: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 bench: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/suite.py --minutes 15
