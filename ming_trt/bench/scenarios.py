@@ -74,6 +74,15 @@ SCENARIOS = (
 )
 
 
+def chosen(names: Collection[str]) -> list[Scenario]:
+    """The scenarios of those names, or all. Raises `InputError` for a name that is no scenario."""
+    known = {scenario.name for scenario in SCENARIOS}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise InputError(f"there is no scenario '{unknown[0]}': choose among {', '.join(sorted(known))}")
+    return [scenario for scenario in SCENARIOS if not names or scenario.name in names]
+
+
 def choose(
     names: Collection[str], media: Mapping[str, Medium], inputs: Collection[str], outputs: Collection[str]
 ) -> tuple[list[Scenario], dict[str, str]]:
@@ -81,14 +90,8 @@ def choose(
 
     `inputs` and `outputs`: tensors of the server's ensemble. Raises `InputError` for a name that is no scenario.
     """
-    known = {scenario.name for scenario in SCENARIOS}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise InputError(f"there is no scenario '{unknown[0]}': choose among {', '.join(sorted(known))}")
-    chosen, skipped = [], {}
-    for scenario in SCENARIOS:
-        if names and scenario.name not in names:
-            continue
+    can, skipped = list[Scenario](), dict[str, str]()
+    for scenario in chosen(names):
         if scenario.gives and scenario.gives not in outputs:
             skipped[scenario.name] = f"the server has no output '{scenario.gives}'"
         elif scenario.needs and scenario.needs not in inputs:
@@ -96,8 +99,8 @@ def choose(
         elif scenario.kind and scenario.kind not in media:
             skipped[scenario.name] = f"no {scenario.kind} file is at hand: give --media with one"
         else:
-            chosen.append(scenario)
-    return chosen, skipped
+            can.append(scenario)
+    return can, skipped
 
 
 def _passage(rng: np.random.Generator, words: int) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ming_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from ming_trt.bench.run import Options
 
 EXAMPLES = (
     "Examples:  ming-trt bench -o report   |   "
@@ -38,6 +42,9 @@ def command(
     slo_total: float = typer.Option(0.0, help="Objective: seconds for the whole answer; 0 = none."),
     media: Path | None = typer.Option(None, help="Folder with a picture, a video, a recording to send."),
     bundle: Path | None = typer.Option(None, help="The bundle that is served: adds its digest, MBU and MFU."),
+    perf_analyzer: bool = typer.Option(
+        False, "--perf-analyzer", help="Measure nothing: write input files of that tool, and say how to run it."
+    ),
     compare: tuple[Path, Path] = typer.Option(None, "--compare", help="Two reports (folders or files) to compare."),
 ) -> None:
     """Measure a running server: latency, throughput and goodput by scenario and load, and where the time goes.
@@ -71,6 +78,8 @@ def command(
         bundle=bundle,
     )
     check_place(output)
+    if perf_analyzer:
+        return _inputs(options, output)
     report = run(options, lambda line: typer.echo(line, err=True))
     files = write(report, output)
     out = console()
@@ -78,6 +87,23 @@ def command(
     out.print("\nmilliseconds; " + "; ".join(f"{name}: {why}" for name, why in report["skipped"].items()))
     out.print(f"report: {files[1]}\n")
     typer.echo(json_module.dumps(summary(report, files), ensure_ascii=False))
+
+
+def _inputs(options: Options, output: Path) -> None:
+    from ming_trt.bench.media import find_media
+    from ming_trt.bench.perf_analyzer import command as tool
+    from ming_trt.bench.perf_analyzer import write_inputs
+    from ming_trt.bench.scenarios import chosen
+
+    media, commands = find_media(options.media), {}
+    for scenario in chosen(options.scenarios):
+        if scenario.kind and scenario.kind not in media:
+            continue
+        sizes = (options.max_tokens, options.steps)
+        file = write_inputs(scenario, output, options.requests, options.seed, media, *sizes)
+        commands[scenario.name] = tool(file, options.url, max(options.concurrency, default=1), options.requests)
+        typer.echo(commands[scenario.name])
+    typer.echo(json_module.dumps(commands))
 
 
 def _compare(a: Path, b: Path, output: Path | None) -> None:
