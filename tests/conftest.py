@@ -27,8 +27,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fast ones first, then those that need a server, then those marked slow; the order is kept within each.
 
-    Under `make test`, two processes share the work (pytest-xdist): all tests with a server stay in one process, one
-    after the other, while the other process goes on to the slow ones; tests that share a folder's fixtures stay together.
+    Under `make test`, two processes share the work (pytest-xdist): all tests with a server stay in one of them, while
+    the other goes on to the slow ones; tests that share a folder's fixtures stay together.
     """
     items.sort(key=_turn)
     for item in items:
