@@ -24,8 +24,9 @@ from ming_trt.errors import BuildError
 
 def experts_by_rows(model: ir.Model) -> None:
     """`ming::SparseMoE` -> rows sorted by expert and one `If` for each expert."""
+    last: dict[str, Array] = {}
     for node in nodes(model, SPARSE_MOE.name):
-        _Layer(model.graph, node).replace()
+        _Layer(model.graph, node).replace(last)
 
 
 class _Layer:
@@ -41,8 +42,8 @@ class _Layer:
         self.prefix = f"{node.name}/"
         self.count = 0
 
-    def replace(self) -> None:
-        """Inserts them; the node and the stacks of weights go."""
+    def replace(self, last: dict[str, Array]) -> None:
+        """Inserts them; the node and the stacks of weights go. `last` holds the matrix that was read last, by name."""
         k, normalize = self.node.attributes["top_k"].as_int(), self.node.attributes["normalize"].as_int()
         weights, chosen = self.node_of(
             "TopK", self.emit("Softmax", self.logits, axis=-1), self.ints("k", [k]), outputs=2
@@ -53,7 +54,7 @@ class _Layer:
         parts = self.node_of("Split", rows, counts, outputs=self.experts, axis=0)
         used = self.emit("Cast", counts, to=int(ir.DataType.BOOL))
         flags = self.node_of("Split", used, outputs=self.experts, axis=0, num_outputs=self.experts)
-        gate_up, down = _Matrices(self.gate_up), _Matrices(self.down)
+        gate_up, down = _Matrices(self.gate_up, last), _Matrices(self.down, last)
         results = [self.expert(e, parts[e], flags[e], gate_up, down) for e in range(self.experts)]
         joined = self.emit("Concat", *results, axis=0)
         # sorting the order gives its inverse
@@ -133,27 +134,28 @@ class _Layer:
 
 
 class _Matrices:
-    """The matrices of a stack, which come one after the other and are asked for in that order."""
+    """The matrices of a stack, which come one after the other: asking in that order reads each once."""
 
-    def __init__(self, stack: StreamedTensor) -> None:
-        self.stack = stack
+    def __init__(self, stack: StreamedTensor, last: dict[str, Array]) -> None:
+        self.stack, self.last = stack, last
         self._rows: Iterator[Array] = iter(())
         self._next = 0
 
     def read(self, index: int, change: Callable[[Array], Array]) -> Array:
-        """`change` of matrix `index`. Going back starts the stream again; the last one ends it."""
-        if index != self._next:
-            self._rows, self._next = iter(()), 0
-        if self._next == 0:
-            self._rows = self.stack.rows()
-        while self._next < index:
-            next(self._rows)
-            self._next += 1
-        matrix = next(self._rows)
-        self._next = index + 1
-        if self._next == self.stack.shape.numpy()[0]:
-            self._rows, self._next = iter(()), 0
-        return change(matrix)
+        """`change` of matrix `index`, which stays in `last` for what else is made of it."""
+        name = f"{self.stack.name}.{index}"
+        if name not in self.last:
+            self.last.clear()
+            if index < self._next or self._next == 0:
+                self._rows, self._next = self.stack.rows(), 0
+            for matrix in self._rows:
+                self._next += 1
+                if self._next > index:
+                    self.last[name] = matrix
+                    break
+            if self._next == self.stack.shape.numpy()[0]:
+                self._rows, self._next = iter(()), 0
+        return change(self.last[name])
 
 
 def _node(

@@ -108,6 +108,7 @@ def column_scales(matrix: Array) -> Array:
 
 def column_codes(matrix: Array) -> Array:
     """Signed codes int8 [width, rows], transposed as the kernel wants them."""
-    weight = np.asarray(matrix, np.float32)
-    codes: Array = np.rint(weight / column_scales(weight)[:, None]).astype(np.int8).T
+    weight = torch.from_numpy(np.asarray(matrix, np.float32))
+    scales = torch.from_numpy(column_scales(matrix))
+    codes: Array = (weight / scales[:, None]).round_().to(torch.int8).T.contiguous().numpy()
     return codes
