@@ -144,10 +144,42 @@ def _trtllm_api() -> Check:
     name = "tensorrt-llm api"
     if signatures.installed() != TRTLLM_VERSION:
         return Check(name, False, "", f"looked at where TensorRT-LLM {TRTLLM_VERSION} is installed")
-    problems = signatures.check()
-    count = len(signatures.NETWORK) + len(signatures.EXECUTOR)
+    return _api(name, f"{len(signatures.NETWORK) + len(signatures.EXECUTOR)} symbols", signatures.check())
+
+
+def _cuda_api() -> Check:
+    """The CUDA calls of the runtime on TensorRT; none is made."""
+    from ming_trt.runtime import cuda, signatures
+
+    name = "cuda-bindings"
+    version = signatures.cuda_version()
+    if not version:
+        return Check(name, False, "", "pip install cuda-bindings; needed to run TensorRT plans only")
+    problems = [problem] if (problem := _wrong(name, version)) else signatures.check_cuda()
+    return _api(name, f"{version}, {len(cuda.CALLS)} calls", problems)
+
+
+def _tensorrt_api(tensorrt: Check) -> Check:
+    """The TensorRT calls of the runtime; looked at only where TensorRT is installed."""
+    from ming_trt.errors import UnavailableError
+    from ming_trt.runtime import signatures
+    from ming_trt.runtime.tensorrt import CALLS
+
+    name = "tensorrt api"
+    if not tensorrt.version:
+        return Check(name, False, "", "looked at where TensorRT is installed")
+    from builders import tensorrt_api
+
+    try:
+        module = tensorrt_api.load(tensorrt_api.FULL).trt
+    except UnavailableError as error:
+        return Check(name, False, "", str(error))
+    return _api(name, f"{sum(map(len, CALLS.values()))} calls", signatures.check_tensorrt(module))
+
+
+def _api(name: str, version: str, problems: list[str]) -> Check:
     remedy = f"{len(problems)} differences, first: {problems[0]}" if problems else ""
-    return Check(name, not problems, f"{count} symbols", remedy)
+    return Check(name, not problems, version, remedy)
 
 
 def _targets(checks: Mapping[str, Check]) -> tuple[Target, ...]:
@@ -168,7 +200,12 @@ def _targets(checks: Mapping[str, Check]) -> tuple[Target, ...]:
     rtx = target("tensorrt-rtx", (*exporter, "tensorrt-rtx"), (), "plans are compiled, not run, here")
     return (
         target("onnxruntime", (*exporter, "onnxruntime"), (*server, "onnxruntime")),
-        target("tensorrt", (*exporter, "tensorrt", *gpu), (*server, "tensorrt", *gpu)),
+        target(
+            "tensorrt",
+            (*exporter, "tensorrt", *gpu),
+            (*server, "tensorrt", "tensorrt api", "cuda-bindings", *gpu),
+            "running plans is written and type-checked, no GPU has run it yet",
+        ),
         replace(rtx, serve=False),
         target(
             "tensorrt-llm",
@@ -182,6 +219,11 @@ def _targets(checks: Mapping[str, Check]) -> tuple[Target, ...]:
 def examine() -> Report:
     """Looks at this machine; takes well under a second."""
     cpu = "pip install 'ming-trt[cpu]'"
+    tensorrt = _package(
+        "tensorrt",
+        ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+        "comes with NVIDIA's containers; GPU machines only",
+    )
     checks = (
         _python(),
         _libpython(),
@@ -194,11 +236,9 @@ def examine() -> Report:
         _package("tritonclient", ("tritonclient",), "pip install 'tritonclient[grpc]'"),
         _triton(),
         *_gpu(),
-        _package(
-            "tensorrt",
-            ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
-            "comes with NVIDIA's containers; GPU machines only",
-        ),
+        tensorrt,
+        _tensorrt_api(tensorrt),
+        _cuda_api(),
         _package("tensorrt-rtx", ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx"), "pip install 'ming-trt[rtx]'"),
         _package(
             "tensorrt-llm", ("tensorrt_llm",), f"use the Triton container that holds TensorRT-LLM {TRTLLM_VERSION}"
