@@ -1,9 +1,10 @@
 """How cost grows with the prompt, the cache, the batch, the picture, the video and the recording.
 
 Each series is timed on one engine with few layers of a small width, where overheads show most, or on the host's own
-processing, and fitted as time = a * size^k over its upper half. Beside the measured k stands that of the model's own
-arithmetic over the same sizes (`ming_trt.models.cost`; for the host: a step for every byte, k = 1): a measured k above
-it by more than 0.15 would be ours to explain.
+processing, and fitted as time = a * size^k over its upper half; of the repetitions the tenth percentile counts. Beside
+the measured k stands that of the model's own arithmetic over the same sizes (`ming_trt.models.cost`): of its operations
+or of the bytes that it reads, whichever grows faster; for the host a step for every byte, k = 1. A measured k above it
+by more than 0.15 would be ours to explain.
 
     python benchmarks/growth.py [--threads N] [--seconds S] [--only NAME]
 """
@@ -25,6 +26,7 @@ from random_model import config, engine_file
 from builders.audio_encoder import Audio
 from builders.llm import LLM
 from builders.vision import Vision
+from ming_trt.bench.machine import Ceiling
 from ming_trt.config import MingConfig, load_config
 from ming_trt.mini import write_mini
 from ming_trt.models import cost
@@ -46,12 +48,12 @@ _RATE = 16000
 
 @dataclass(frozen=True)
 class Series:
-    """Sizes, what is timed at each, what the model's arithmetic needs there (any unit), and why it grows as it does."""
+    """Sizes, what is timed at each, what the model must do there (None: a step for every byte), and why it grows so."""
 
     name: str
     sizes: Sequence[int]
     work: Callable[[int], Work]
-    least: Callable[[int], float]
+    cost: Callable[[int], Cost] | None
     why: str
 
 
@@ -59,17 +61,12 @@ def main() -> None:
     options = arguments(str(__doc__), only={"default": "", "help": "series whose name contains this"})
     threads, model = cores(options.threads), config(tiny=True)
     ceiling = measure_ceiling(threads)
-    rates = (ceiling.read_bytes_per_s, ceiling.float32_flops_per_s)
-
-    def seconds(price: Callable[[int], Cost]) -> Callable[[int], float]:
-        return lambda n: price(n).seconds("fp32", *rates)
-
     llm = OurStep(engine_file(LLM(), model, "fp32"), threads)
     vision = OnnxRuntimeEngine(engine_file(Vision(), model, "fp32"), "vision_encoder", threads=threads)
     audio = OnnxRuntimeEngine(engine_file(Audio(), model, "fp32"), "audio_encoder", threads=threads)
-    every = [*engines(model, llm, vision, audio, seconds, options.tiny), *host(options.tiny)]
+    every = [*engines(model, llm, vision, audio, options.tiny), *host(options.tiny)]
     chosen = [series for series in every if options.only in series.name]
-    rows = [measured(series, options.seconds / len(chosen)) for series in chosen]
+    rows = [measured(series, options.seconds / len(chosen), ceiling) for series in chosen]
     note = f"k: exponent of the fit; one above the model's own by more than {SLACK} is not explained by its arithmetic"
     finish("growth", rows, options, ceiling, note)
 
@@ -79,7 +76,6 @@ def engines(
     llm: OurStep,
     vision: OnnxRuntimeEngine,
     audio: OnnxRuntimeEngine,
-    seconds: Callable[[Callable[[int], Cost]], Callable[[int], float]],
     small: bool,
 ) -> list[Series]:
     """What the engines do for a request."""
@@ -93,42 +89,42 @@ def engines(
             "prompt, tokens",
             (256, 512, 1024) if small else (512, 1024, 2048, 4096, 8192),
             lambda n: prefill(llm, model, n),
-            seconds(lambda n: chunks(model, n)),
+            lambda n: chunks(model, n),
             "products with the weights grow with the tokens, attention with their square",
         ),
         Series(
             "a token behind a cache of tokens",
             (64, 256, 1024) if small else (512, 1024, 2048, 4096, 8192),
             lambda n: llm.step(step_inputs(model.llm, 1, n, 1, n + 64)),
-            seconds(lambda n: cost.llm_step(model.llm, 1, n)),
+            lambda n: cost.llm_step(model.llm, 1, n),
             "the weights are read once whatever the cache holds; keys and values grow with it",
         ),
         Series(
             "requests in a step",
             (1, 2, 4, 8, 16),
             lambda n: llm.step(step_inputs(model.llm, 1, 256, n, 320)),
-            seconds(lambda n: cost.llm_step(model.llm, 1, 256, n)),
+            lambda n: cost.llm_step(model.llm, 1, 256, n),
             "each request reads its own cache and chooses experts of its own, until all experts are read",
         ),
         Series(
             "picture, patches",
             (64, 256, 1024) if small else (256, 1024, 2304, 4096),
             lambda n: look(vision, model, (1, round(n**0.5), round(n**0.5))),
-            seconds(lambda n: look_cost((1, round(n**0.5), round(n**0.5)))),
+            lambda n: look_cost((1, round(n**0.5), round(n**0.5))),
             "windows grow with the patches, the layers that see the whole picture with their square",
         ),
         Series(
             "video, pairs of frames",
             (1, 2, 4) if small else (1, 2, 4, 8, 16),
             lambda n: look(vision, model, (n, 16, 16)),
-            seconds(lambda n: look_cost((n, 16, 16))),
+            lambda n: look_cost((n, 16, 16)),
             "frames attend within themselves",
         ),
         Series(
             "recording, seconds",
             (1, 2, 4) if small else (5, 10, 20, 40),
             lambda n: hear(audio, model, n),
-            seconds(lambda n: cost.audio(model.audio, width, 100 * n)),
+            lambda n: cost.audio(model.audio, width, 100 * n),
             "products grow with the frames, attention with their square",
         ),
     ]
@@ -144,47 +140,51 @@ def host(small: bool) -> list[Series]:
             "host: prompt, words",
             (256, 1024, 4096) if small else (512, 1024, 2048, 4096, 8192),
             lambda n: read(processor, n),
-            float,
+            None,
             "the tokenizer looks at every word once",
         ),
         Series(
             "host: picture file, kilopixels",
             (64, 256, 1024) if small else (256, 1024, 2304, 4096),
             lambda n: decode(n),
-            float,
+            None,
             "every pixel is decoded and shrunk; what is left is bounded",
         ),
         Series(
             "host: video file, frames",
             (4, 8, 16) if small else (8, 16, 32, 64),
             lambda n: watch(n),
-            float,
-            "frames are decoded one after the other",
+            None,
+            "frames are decoded one after the other, and share a budget of pixels",
         ),
         Series(
             "host: recording, seconds of sound",
             (1, 2, 4) if small else (5, 10, 20, 40, 80),
             lambda n: listen(n),
-            float,
+            None,
             "a transform of fixed length for each hundredth of a second",
         ),
     ]
 
 
-def measured(series: Series, seconds: float) -> Row:
-    """The times of one series, its exponent, and that of the least time that the machine allows."""
-    times = interleave({str(n): series.work(n) for n in series.sizes}, seconds, repeats=1, warmup=1)
-    took = [times[str(n)].median for n in series.sizes]
-    least = [series.least(n) for n in series.sizes]
-    k, own = exponent(series.sizes, took), exponent(series.sizes, least)
+def measured(series: Series, seconds: float, ceiling: Ceiling) -> Row:
+    """The times of one series, its exponent, and that of the model's own arithmetic."""
+    sizes = series.sizes
+    times = interleave({str(n): series.work(n) for n in sizes}, seconds, repeats=1, warmup=1)
+    took = [times[str(n)].best for n in sizes]
+    k, own, least = exponent(sizes, took), 1.0, [float(n) for n in sizes]
+    if series.cost is not None:
+        costs = [series.cost(n) for n in sizes]
+        own = max(exponent(sizes, [c.flops for c in costs]), exponent(sizes, [c.bytes("fp32") for c in costs]))
+        least = [1000 * c.seconds("fp32", ceiling.read_bytes_per_s, ceiling.float32_flops_per_s) for c in costs]
     more: dict[str, Any] = {
         "k": k,
         "k_of_model": own,
         "grows": "as the model" if k <= own + SLACK else "faster than the model",
         "why": series.why,
-        "sizes": ", ".join(map(str, series.sizes)),
-        "ms": {str(n): round(1000 * value, 4) for n, value in zip(series.sizes, took, strict=True)},
-        "model_ms": {str(n): 1000 * value for n, value in zip(series.sizes, least, strict=True)},
+        "sizes": ", ".join(map(str, sizes)),
+        "ms": {str(n): round(1000 * value, 4) for n, value in zip(sizes, took, strict=True)},
+        "model_ms": {str(n): value for n, value in zip(sizes, least, strict=True)},
     }
     return Row(series.name, 1000 * took[-1], more=more)
 

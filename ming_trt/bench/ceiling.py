@@ -9,26 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ming_trt.bench.hops import ENCODERS
 from ming_trt.bench.load import Load
 from ming_trt.bench.machine import Ceiling
+from ming_trt.bench.media import Medium
 from ming_trt.bundle import ASSETS, MANIFEST, Bundle
-from ming_trt.config import LLMConfig, load_config
-from ming_trt.models.cost import llm_step
+from ming_trt.config import MingConfig, load_config
+from ming_trt.errors import MingError
+from ming_trt.models.cost import Cost, audio, llm_step, vision
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The language model behind a server, from its bundle."""
+    """What a server serves, from its bundle. `precisions`: those of the language model and the encoders, by name."""
 
-    config: LLMConfig
-    precision: str
+    config: MingConfig
+    precisions: Mapping[str, str]
     manifest: Mapping[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """That of the language model."""
+        return self.precisions["llm"]
 
     @classmethod
     def of(cls, folder: Path) -> ServedModel:
         """Reads the bundle at `folder`. Raises `BundleError` or `ConfigError`."""
         bundle = Bundle.open(folder)
-        entry = bundle.component("llm")
+        precisions = {name: bundle.component(name).precision for name in ("llm", *ENCODERS)}
         digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         facts = {
             "sha256": digest,
@@ -38,7 +46,30 @@ class ServedModel:
             "versions": dict(bundle.manifest.versions),
             "gate": bundle.manifest.gate,
         }
-        return cls(load_config(folder / ASSETS).llm, entry.precision, facts)
+        return cls(load_config(folder / ASSETS), precisions, facts)
+
+    def encoder_cost(self, kind: str, medium: Medium) -> tuple[str, Cost] | None:
+        """The encoder that reads a file of that kind and what it must do, or None if the file is not understood here
+        (a client need not have the server's libraries)."""
+        try:
+            if kind == "audio":
+                from ming_trt.processing.audio import process_audio
+
+                frames = len(process_audio(medium.content, num_mels=self.config.audio.num_mels).mel)
+                return ENCODERS[1], audio(self.config.audio, self.config.llm.hidden_size, frames)
+            return ENCODERS[0], vision(self.config.vision, self.config.llm.hidden_size, self._grid(kind, medium))
+        except (MingError, ImportError):
+            return None
+
+    def _grid(self, kind: str, medium: Medium) -> tuple[int, int, int]:
+        from ming_trt.processing.image import process_image
+        from ming_trt.processing.patches import PatchShape
+        from ming_trt.processing.video import process_video
+
+        config = self.config.vision
+        shape = PatchShape(config.patch_size, config.temporal_patch, config.merge_size)
+        read = process_video if kind == "video" else process_image
+        return read(medium.content, shape=shape).grid
 
 
 def shares(
@@ -48,16 +79,19 @@ def shares(
     metrics: Mapping[str, Mapping[str, Any]],
     prompt: float,
     answer: float,
+    encoder: tuple[str, Cost] | None = None,
+    encoder_ms: float = 0.0,
 ) -> dict[str, Any]:
-    """MBU of decoding and MFU of the prefill at the medians, with the times that the ceiling allows (ms).
+    """MBU of decoding, MFU of the prefill and of the encoder, with the times that the ceiling allows (ms).
 
     `prompt` and `answer`: mean tokens. Under load decoding steps are shared: as many sequences as the load has at
-    once are assumed in each, none is known for a rate.
+    once are assumed in each, none is known for a rate. `encoder`: the one that the scenario's file goes through, with
+    what it must do; `encoder_ms`: the mean time it took. The others are medians.
     """
     found: dict[str, Any] = {"precision": model.precision}
     itl, prefill = metrics.get("itl"), metrics.get("prompt_tokens_per_s")
     if itl and load.kind == "concurrency":
-        step = llm_step(model.config, 1, int(prompt + answer / 2), int(load.value))
+        step = llm_step(model.config.llm, 1, int(prompt + answer / 2), int(load.value))
         size = step.bytes(model.precision)
         found["decode"] = {
             "bytes": size,
@@ -66,11 +100,20 @@ def shares(
             "mbu": size / (itl["p50"]["value"] / 1000) / ceiling.read_bytes_per_s,
         }
     if prefill:
-        cost = llm_step(model.config, max(1, int(prompt)))
+        cost = llm_step(model.config.llm, max(1, int(prompt)))
         seconds = prompt / prefill["p50"]["value"]
         found["prefill"] = {
             "flops": cost.flops,
             "least_ms": 1000 * cost.seconds(model.precision, ceiling.read_bytes_per_s, ceiling.float32_flops_per_s),
             "mfu": cost.flops / seconds / ceiling.float32_flops_per_s,
+        }
+    if encoder and encoder_ms > 0:
+        name, work = encoder
+        rates = (ceiling.read_bytes_per_s, ceiling.float32_flops_per_s)
+        found[name] = {
+            "precision": model.precisions[name],
+            "flops": work.flops,
+            "least_ms": 1000 * work.seconds(model.precisions[name], *rates),
+            "mfu": work.flops / (encoder_ms / 1000) / ceiling.float32_flops_per_s,
         }
     return found

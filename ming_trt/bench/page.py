@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from ming_trt.bench import svg
+from ming_trt.bench.hops import ENCODERS
 from ming_trt.bench.html import Cell, card, document, flat, number, pairs, section, table
 from ming_trt.bench.load import Load
 from ming_trt.bench.metrics import InterTokenLatency, Metric, TimeToFirstAudio, TimeToFirstToken
@@ -217,17 +218,18 @@ def _by_hop(point: Report) -> dict[str, float]:
 def _ceiling(report: Report) -> list[str]:
     ceiling, rows = report["ceiling"], list[list[str | Cell]]()
     for point in report["points"]:
-        for phase, share in (("decode", "mbu"), ("prefill", "mfu")):
+        for phase, share in (("decode", "mbu"), ("prefill", "mfu"), *((name, "mfu") for name in ENCODERS)):
             found = (point["ceiling"] or {}).get(phase)
             if found:
-                start: list[str | Cell] = [point["scenario"], str(_load(point)), phase, point["ceiling"]["precision"]]
+                precision = found.get("precision", point["ceiling"]["precision"])
+                start: list[str | Cell] = [point["scenario"], str(_load(point)), phase, precision]
                 reached = (
                     f"{100 * found[share]:.1f} % of {'bandwidth (MBU)' if share == 'mbu' else 'matrix rate (MFU)'}"
                 )
                 rows.append(
                     [
                         *start,
-                        (number(found.get("bytes", 0) / 1e6), found.get("bytes", 0)),
+                        (number(found["bytes"] / 1e6), found["bytes"]) if "bytes" in found else ("", 0.0),
                         (number(found["flops"] / 1e9), found["flops"]),
                         (number(found["least_ms"]), found["least_ms"]),
                         (reached, found[share]),

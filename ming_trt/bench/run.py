@@ -23,6 +23,7 @@ from ming_trt.bench.scenarios import Scenario, choose
 from ming_trt.bench.server import ModelCount, ServerView
 from ming_trt.bench.traces import Tracing, summarize_traces
 from ming_trt.errors import InputError, ServeError
+from ming_trt.models.cost import Cost
 from ming_trt.serving.client import Client
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import is_local
@@ -174,7 +175,8 @@ class _Scenario:
             "samples": [sample.as_dict() for sample in samples],
         }
         if model and ceiling and good:
-            point["ceiling"] = shares(model, ceiling, load, metrics, point["prompt_tokens"], point["completion_tokens"])
+            tokens = (point["prompt_tokens"], point["completion_tokens"])
+            point["ceiling"] = shares(model, ceiling, load, metrics, *tokens, *self._encoder(model, counts))
         self._progress(_line(self._scenario.name, load, point))
         return point
 
@@ -191,6 +193,13 @@ class _Scenario:
             return summarize_traces(self._tracing.read([sample.id for sample in samples]), samples)
         except ServeError as error:
             return {"requests": 0, "rows": [], "total_ms": 0.0, "timeline": None, "note": str(error)}
+
+    def _encoder(self, model: ServedModel, counts: Mapping[str, ModelCount]) -> tuple[tuple[str, Cost] | None, float]:
+        """What the scenario's encoder must do for a file, and the milliseconds that it took."""
+        kind = self._scenario.kind
+        encoder = model.encoder_cost(kind, self._media[kind]) if kind else None
+        count = counts.get(encoder[0], ModelCount()) if encoder else ModelCount()
+        return encoder, 1000 * count.parts["compute_infer"] / count.succeeded if count.succeeded else 0.0
 
     def _send(self, stream: int, requests: int) -> Callable[[int, float, float], Sample]:
         options = self._options

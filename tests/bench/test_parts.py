@@ -210,3 +210,27 @@ def test_the_machine() -> None:
     assert 1e7 < ceiling.read_bytes_per_s < 1e13
     assert 1e7 < ceiling.float32_flops_per_s < 1e15
     assert environment()["cores"] >= 1
+
+
+def test_encoders_have_a_ceiling() -> None:
+    """What an encoder must do follows from the file; the share it reaches from the time that Triton counted."""
+    from ming_trt.bench.ceiling import ServedModel, shares
+    from ming_trt.bench.machine import Ceiling
+    from ming_trt.config import load_config
+    from ming_trt.models import cost
+
+    from ..conftest import GOLDEN
+
+    config = load_config(GOLDEN / "understanding" / "checkpoint")
+    precisions = {"llm": "int8", "vision_encoder": "fp32", "audio_encoder": "fp32"}
+    model, media = ServedModel(config, precisions, {}), made_media()
+    name, sound = model.encoder_cost("audio", media["audio"]) or ("", None)
+    # two seconds, a frame for each hundredth
+    assert name == "audio_encoder" and sound == cost.audio(config.audio, config.llm.hidden_size, 200)
+    name, seen = model.encoder_cost("image", media["image"]) or ("", None)
+    assert name == "vision_encoder" and seen is not None and seen.flops > 1e6
+    assert model.encoder_cost("image", media["audio"]) is None
+    found = shares(model, Ceiling(2, 1e10, 1e11), Load("rate", 1), {}, 10, 4, (name, seen), 2.0)
+    assert found["vision_encoder"]["mfu"] == pytest.approx(seen.flops / 0.002 / 1e11)
+    assert found["vision_encoder"]["precision"] == "fp32" and found["precision"] == "int8"
+    assert "decode" not in found
