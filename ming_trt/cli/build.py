@@ -17,6 +17,8 @@ ming-trt build CHECKPOINT -o bundle --preset cpu-fp32 --precision llm=int8
 
 ming-trt build CHECKPOINT -o bundle --only vision_encoder --only audio_encoder
 
+ming-trt build CHECKPOINT -o bundle --preset h200-fp8      (in the container with TensorRT-LLM, on the GPU)
+
 ming-trt build CHECKPOINT -o llm --only llm-checkpoint --precision fp8 --tp 2
 """
 
