@@ -245,6 +245,7 @@ class _Plan:
         from builders.component import ExportOptions
         from builders.verify import SEED, verify_component
         from ming_trt.models.weights import check_sources, source_names
+        from ming_trt.runtime.tensorrt import unavailable
 
         reason = component.needs(self.config, self.checkpoint)
         if not reason and self.options.only and name not in self.options.only and name not in self.space.records:
@@ -282,6 +283,7 @@ class _Plan:
                 "code": [code_version(module), code_version("builders.verify")],
                 "tools": tool_versions((*_RUN_TOOLS, "torch")),
                 "memory": self.options.max_host_memory,
+                **({"runs": not unavailable(self.plain.target)} if tensorrt else {}),
             }
         )
 
@@ -304,7 +306,13 @@ class _Plan:
 
         def gate(context: Context) -> Mapping[str, Any]:
             if tensorrt:
-                return tensorrt_build.not_run(self.plain, context.facts[name]).as_dict()
+                from builders.tensorrt_gate import gate as tensorrt_gate
+
+                facts, limit = context.facts[name], self.options.max_host_memory
+                folder = context.inputs[name]
+                return tensorrt_gate(
+                    component, self.config, self.checkpoint, folder, self.plain, facts, limit
+                ).as_dict()
             report = verify_component(
                 component,
                 self.config,

@@ -170,6 +170,14 @@ class DeviceEngine:
         )
         return results
 
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether a profile of the plan takes inputs of these shapes."""
+        try:
+            choose_profile(self.name, self._open().profiles, shapes)
+        except EngineError:
+            return False
+        return True
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device: `weights` (shared with other engines of the same plan), `scratch` and `buffers`; what
         `zeros` and `place` gave out is its holders'."""
