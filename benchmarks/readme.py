@@ -22,8 +22,8 @@ README, PICTURE = HERE.parent / "README.md", HERE.parent / "docs" / "images" / "
 BEGIN, END = "<!-- measured: benchmarks/readme.py writes this -->", "<!-- /measured -->"
 # The page's style for light screens, since a picture of its own has no page around it.
 _STYLE = (
-    "text{font-family:system-ui,-apple-system,sans-serif}.grid{stroke:#e2e6ec}.tick,.label{fill:#5d6878;font-size:11px}"
-    ".value{fill:#1a2130;font-size:11px;font-weight:600}.goal{stroke:#c93b3b;stroke-width:1.5;stroke-dasharray:4 3}"
+    "text{font-family:system-ui,-apple-system,sans-serif}.grid{stroke:#e2e6ec}.tick,.label{fill:#5d6878;font-size:12.5px}"
+    ".value{fill:#1a2130;font-size:12.5px;font-weight:600}.goal{stroke:#c93b3b;stroke-width:1.5;stroke-dasharray:4 3}"
     ".s1{fill:#e0852b}.s2{fill:#3f9d5d}.s7{fill:#8a94a2}"
 )
 
@@ -68,9 +68,10 @@ def section(merged: Mapping[str, Any], source: Path) -> str:
         *(_line(row) for row in rows),
         "",
         *(f"{name}: not measured ({why})." for name, why in merged["failures"].items()),
-        f"![Ratios to the best peer]({PICTURE.relative_to(README.parent).as_posix()})",
+        f"![Times faster than the best peer, and what is asked]({PICTURE.relative_to(README.parent).as_posix()})",
         "",
-        f"`{source.resolve().relative_to(README.parent).as_posix()}` has every figure. No GPU has been measured yet.",
+        f"`{source.resolve().relative_to(README.parent).as_posix()}` has every figure. The dashed marks of the picture "
+        "are what is asked.",
         "",
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import ctypes
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,12 +248,39 @@ def _section(result: Mapping[str, Any]) -> str:
             f"multiplies {ceiling['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32.</p>"
         )
     plots = "".join(_growth(row) for row in result["rows"] if "ms" in row["more"] and "model_ms" in row["more"])
-    parts.append(table(_HEAD, [_cells(row) for row in result["rows"]]))
+    grown = [row for row in result["rows"] if "k_of_model" in row["more"]]
+    if grown:
+        parts.append(table(_GROWTH_HEAD, [_growth_cells(row) for row in grown]))
+    others = [_cells(row) for row in result["rows"] if row not in grown]
+    if others:
+        # columns in which no row has anything are left out
+        kept = [i for i in range(len(_HEAD)) if any(_shown(cells[i]) for cells in others)]
+        parts.append(table([_HEAD[i] for i in kept], [[cells[i] for i in kept] for cells in others]))
     if plots:
         parts.append(f'<div class="plots">{plots}</div>')
     if result["note"]:
         parts.append(f"<p>{escape(result['note'])}</p>")
     return section(result["benchmark"], *parts)
+
+
+_GROWTH_HEAD = ("what", "k", "the model's k", "grows", "why", "ms")
+
+
+def _growth_cells(row: Mapping[str, Any]) -> list[str | Cell]:
+    more = row["more"]
+    mark = "good" if more["k"] <= more["k_of_model"] or more["grows"] == "as the model" else "bad"
+    times = ", ".join(f"{size}: {number(value)}" for size, value in more["ms"].items())
+    return [
+        row["what"],
+        (f"{more['k']:.2f}", more["k"]),
+        (f"{more['k_of_model']:.2f}", more["k_of_model"]),
+        (f'<span class="{mark}">{escape(more["grows"])}</span>', None),
+        *((f'<span class="wrap">{escape(text)}</span>', None) for text in (more["why"], times)),
+    ]
+
+
+def _shown(cell: str | Cell) -> str:
+    return re.sub(r"<[^>]*>", "", cell if isinstance(cell, str) else cell[0])
 
 
 def _growth(row: Mapping[str, Any]) -> str:

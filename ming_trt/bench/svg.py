@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 44
 SERIES = 10
 
 Point = tuple[float, float]
@@ -94,7 +94,7 @@ def stacked_bars(title: str, x_label: str, bars: Mapping[str, Mapping[str, float
     names = list(dict.fromkeys(part for parts in bars.values() for part in parts))
     colours = _colours(names)
     x = Axis.over(x_label, (sum(parts.values()) for parts in bars.values()))
-    label_width, row = 100, 30
+    label_width, row = 116, 30
     height = _TOP + row * len(bars) + _BOTTOM
     scale = (WIDTH - label_width - _RIGHT) / x.top
     body = _verticals(x, label_width, scale, height)
@@ -112,7 +112,7 @@ def stacked_bars(title: str, x_label: str, bars: Mapping[str, Mapping[str, float
 def goal_bars(title: str, x_label: str, bars: Sequence[tuple[str, float, float, str]]) -> str:
     """One horizontal bar per (name, value, goal, what a pointer shows), with a mark at its goal (0: none)."""
     x = Axis.over(x_label, [v for _, value, goal, _ in bars for v in (value, goal)])
-    label_width, row = 215, 26
+    label_width, row = 245, 26
     height = _TOP + row * len(bars) + _BOTTOM
     scale = (WIDTH - label_width - 3 * _RIGHT) / x.top
     body = _verticals(x, label_width, scale, height)
@@ -126,7 +126,7 @@ def goal_bars(title: str, x_label: str, bars: Sequence[tuple[str, float, float, 
             at = label_width + goal * scale
             body.append(f'<line class="goal" x1="{at:.1f}" x2="{at:.1f}" y1="{y + 1}" y2="{y + row - 1}"/>')
     body.append(_text("label", (WIDTH + label_width) / 2, height - 6, "middle", x_label))
-    return _figure(title, "".join(body), {"goal reached": 2, "not reached": 1, "no goal": 7}, height)
+    return _figure(title, "".join(body), {"reached": 2, "not reached": 1}, height)
 
 
 def log_plot(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]) -> str:
@@ -190,7 +190,7 @@ def timeline(title: str, line: Mapping[str, Any], until: float) -> str:
         "client",
         *sorted({span["model"] for span in line["spans"]}, key=lambda m: PATH.index(m) if m in PATH else 99),
     ]
-    label_width, row = 100, 24
+    label_width, row = 116, 24
     height = _TOP + row * len(lanes) + _BOTTOM
     scale = (WIDTH - label_width - _RIGHT) / until
     x = Axis.over("ms", [until])

@@ -21,7 +21,10 @@ ROW = {"what": "<decode>", "ours_ms": 1.0, "peer": "torch", "peer_ms": 3.0, "rat
        "target": 2.5, "goal": 3.5, "verdict": "reached", "note": "", "more": {"MBU": 0.8}}  # fmt: skip
 GROWTH = {
     **ROW, "what": "prompt", "peer": "", "ratio": 0.0, "target": 0.0, "verdict": "",
-    "more": {"k": 1.1, "k_of_model": 1.0, "ms": {"1": 2.0, "2": 4.0}, "model_ms": {"1": 1.0, "2": 2.0}},
+    "more": {
+        "k": 1.1, "k_of_model": 1.0, "grows": "as the model", "why": "because",
+        "ms": {"1": 2.0, "2": 4.0}, "model_ms": {"1": 1.0, "2": 2.0},
+    },
 }  # fmt: skip
 TTFT = {**ROW, "what": "first token", "target": 0.0, "verdict": "", "more": {"asked": "at most 5 ms more: reached"}}
 RESULT = {"benchmark": "llm_decode", "ceiling": None, "note": "n", "threads": 2, "rows": [ROW, GROWTH, TTFT]}
@@ -124,7 +127,16 @@ def test_journal_is_of_its_options(scripts: Any, tmp_path: Path) -> None:
 def test_page_of_results(scripts: Any) -> None:
     text = scripts("suite").page(MERGED)
     assert "&lt;decode&gt;" in text and "<decode>" not in text
-    for words in ("reached", "it broke", "<svg", "12.5 minutes", "llm-int8-0", "k 1.10, the model"):
+    for words in (
+        "reached",
+        "it broke",
+        "<svg",
+        "12.5 minutes",
+        "llm-int8-0",
+        "k 1.10, the model",
+        "because",
+        "1: 2, 2: 4",
+    ):
         assert words in text, words
     assert text.count("<figure>") == 2 and "goal 3.5×" in text
 
