@@ -30,7 +30,7 @@ NAME = "f0_predictor"
 
 
 def test_rows_run_one_by_one_and_caches_are_padded(tmp_path: Path) -> None:
-    """Five tokens after three, and five after none, by a plan that decodes rows together and reads one prompt a time."""
+    """Five tokens after three, and five after none, by a plan that decodes rows together and reads prompts singly."""
     capacity = 32
     path = tiny_llm.write(tmp_path / "model.onnx")
     model = onnx.load(path)
