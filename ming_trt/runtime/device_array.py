@@ -33,11 +33,15 @@ class Block:
 
 
 class DeviceArray:
-    """A view of a block: `shape` and byte `strides`, as numpy's. Work on it goes to the block's queue."""
+    """A view of a block: `shape` and byte `strides`, as numpy's, from `address` on. Its work goes to the block's
+    queue."""
+
+    __slots__ = ("_offset", "address", "block", "dtype", "ndim", "shape", "strides")
 
     def __init__(self, block: Block, offset: int, shape: Shape, strides: Shape, dtype: np.dtype[Any]) -> None:
         self.block, self._offset = block, offset
         self.shape, self.strides, self.dtype = shape, strides, dtype
+        self.address, self.ndim = block.address + offset, len(shape)
 
     @classmethod
     def empty(cls, queue: Queue, shape: Shape, dtype: npt.DTypeLike) -> DeviceArray:
@@ -51,15 +55,6 @@ class DeviceArray:
         array = cls.empty(queue, shape, dtype)
         array[...] = 0
         return array
-
-    @property
-    def address(self) -> int:
-        """Of the first element."""
-        return self.block.address + self._offset
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
 
     @property
     def size(self) -> int:

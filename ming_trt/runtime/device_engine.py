@@ -149,7 +149,6 @@ class DeviceEngine:
     ) -> Arrays:
         """See `Engine.run`. Device arrays must be of this engine; an output in `into` that is one stays there."""
         plan, into = self._open(), into or {}
-        check_call(self, feeds, outputs, into, (DeviceArray,))
         made = [name for name in (self.outputs if outputs is None else outputs) if name not in into]
         call = self._call(plan, feeds, made, into)
         try:
@@ -210,15 +209,19 @@ class DeviceEngine:
         return self._plan
 
     def _call(self, plan: Plan, feeds: Mapping[str, Array], made: list[str], into: Mapping[str, Array]) -> _Call:
-        """The kind of this run, made if it is new."""
-        shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
-        resident = self._resident(feeds) + self._resident(into)
-        wanted = {*made, *(name for name, array in into.items() if not isinstance(array, DeviceArray))}
-        key = (tuple(shapes.values()), tuple(sorted(resident)), frozenset(wanted))
-        call = self._calls.get(key)
+        """The kind of this run. What was checked once of names, types, shapes and addresses needs no second look: with
+        caches of many layers that takes as long as a step."""
+        key = self._key(feeds, made, into)
+        call = self._calls.get(key) if key is not None else None
         if call is not None:
-            self._calls.move_to_end(key)
+            self._calls.move_to_end(key)  # type: ignore[arg-type]
             return call
+        check_call(self, feeds, made, into, (DeviceArray,))
+        self._refuse_foreign(feeds)
+        self._refuse_foreign(into)
+        assert key is not None
+        shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
+        wanted = {*made, *(name for name, array in into.items() if not isinstance(array, DeviceArray))}
         profile = choose_profile(self.name, plan.profiles, shapes)
         context = self._context(plan, profile)
         given = self._set_shapes(context, profile, shapes)
@@ -237,16 +240,36 @@ class DeviceEngine:
         self._calls[key] = call
         return call
 
-    def _resident(self, arrays: Mapping[str, Any]) -> list[tuple[str, int]]:
-        """The addresses of device arrays. Raises `EngineError` for one of another queue: nothing orders their work."""
-        found = [(name, array) for name, array in arrays.items() if isinstance(array, DeviceArray)]
-        for name, array in found:
-            if array.block.queue is not self._queue:
+    def _key(self, feeds: Mapping[str, Any], made: list[str], into: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """All that a layout depends on; None for what no good call has."""
+        parts: list[Any] = [tuple(made)]
+        if len(feeds) != len(self.inputs):
+            return None
+        for name in self.inputs:
+            array = feeds.get(name)
+            if isinstance(array, DeviceArray) and array.block.queue is self._queue:
+                parts.append((array.shape, array.dtype, array.address, array.strides))
+            elif isinstance(array, np.ndarray):
+                parts.append((array.shape, array.dtype))
+            else:
+                return None
+        for name, array in into.items():
+            if isinstance(array, DeviceArray) and array.block.queue is self._queue:
+                parts.append((name, array.shape, array.dtype, array.address, array.strides))
+            elif isinstance(array, np.ndarray) and array.flags.c_contiguous and array.flags.writeable:
+                parts.append((name, array.shape, array.dtype))
+            else:
+                return None
+        return tuple(parts)
+
+    def _refuse_foreign(self, arrays: Mapping[str, Any]) -> None:
+        """Raises `EngineError` for a device array of another queue: nothing orders their work."""
+        for name, array in arrays.items():
+            if isinstance(array, DeviceArray) and array.block.queue is not self._queue:
                 raise EngineError(
                     f"engine '{self.name}' got a device array of another engine for '{name}': make it by this engine's "
                     "`zeros` or `place`"
                 )
-        return [(name, array.address) for name, array in found]
 
     def _context(self, plan: Plan, profile: int) -> Context:
         if profile not in self._contexts:

@@ -50,6 +50,7 @@ class KVCache:
         self._specs = {
             name: inputs[name] for i in range(layer_count(inputs)) for name in (f"past_key_{i}", f"past_value_{i}")
         }
+        self._outputs = {name: name.replace("past_", "present_", 1) for name in self._specs}
         batch, heads, fixed, width = self._specs["past_key_0"].shape
         if not (isinstance(heads, int) and isinstance(width, int)):
             raise EngineError(
@@ -151,17 +152,20 @@ class KVCache:
 
     def feeds(self, first: int, stop: int) -> dict[str, Array]:
         """Inputs `past_*` for the rows first..stop-1: views, [stop - first, kv heads, T, head_dim]."""
-        return {name: array[first:stop] for name, array in self._arrays.items()}
+        if (first, stop) not in self._views:  # as many as there are slots and lengths of their prefix
+            self._views[first, stop] = {name: array[first:stop] for name, array in self._arrays.items()}
+        return self._views[first, stop]
 
     def into(self, first: int, stop: int) -> dict[str, Array]:
         """The same memory under the names of the outputs, `present_*`."""
-        return {name.replace("past_", "present_", 1): array[first:stop] for name, array in self._arrays.items()}
+        return {self._outputs[name]: array for name, array in self.feeds(first, stop).items()}
 
     @property
     def _first_capacity(self) -> int:
         return self._fixed or min(_FIRST_CAPACITY, self.max_seq_len)
 
     def _allocate(self, capacity: int) -> dict[str, Array]:
+        self._views: dict[tuple[int, int], dict[str, Array]] = {}
         # Numpy's zeroed pages are mapped when they are first written: rows that are never used cost no memory there.
         return {
             name: self._zeros((self.slots, int(spec.shape[1] or 0), capacity, int(spec.shape[3] or 0)), spec.dtype)
