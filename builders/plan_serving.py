@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,31 @@ from ming_trt.serving.graph import stages_for
 if TYPE_CHECKING:
     from ming_trt.config import MingConfig
 
-# Resident memory of one serving process (Python, numpy, ONNX Runtime), measured.
-PROCESS = 130 * 2**20
-# ONNX Runtime's arena grows in large steps and keeps what it has; measured with both encoders at the official widths.
-_ARENA = 1.3
+# Resident memory of the server and of each stage's process when it is ready, without weights: Python, its packages,
+# ONNX Runtime, and the graphs of its engines. Measured with the mini bundle (benchmarks/memory.py).
+SERVER = 45 * 2**20
+PROCESSES: Mapping[str, int] = {
+    "preprocess": 70 * 2**20,
+    "vision_encoder": 92 * 2**20,
+    "audio_encoder": 91 * 2**20,
+    "llm": 108 * 2**20,
+    "postprocess": 86 * 2**20,
+    "cancel": 55 * 2**20,
+    "image": 98 * 2**20,
+    "speech": 98 * 2**20,
+}
+# The process of each engine that has none of its own.
+_STAGES: Mapping[str, str] = {
+    **dict.fromkeys(("connector", "condition", "dit", "vae_encoder", "vae_decoder"), "image"),
+    **dict.fromkeys(("talker", "flow_encoder", "flow_estimator", "f0_predictor", "vocoder"), "speech"),
+}
+# These give working memory back after a run: their engines' is not needed at the same time.
+SHRINKING = ("vision_encoder", "audio_encoder", "image")
+# A graph has operators that its definition has not (shapes, casts, transposes): 1.1 to 1.4 of the imitated arena,
+# measured with all engines.
+_UNSEEN = 1.25
+# Code of ONNX Runtime's kernels that is paged in when a process first runs an engine.
+_KERNELS = 6 * 2**20
 # A CUDA context with the libraries' kernels, in each process that uses the GPU: an estimate.
 _CONTEXT = 512 * 2**20
 # One captured step: its nodes and launch parameters, for each layer. An estimate; the graphs share one pool.
@@ -57,23 +79,45 @@ class Needs:
             items.append(Item("the KV cache", kv // min(ranks, config.llm.num_kv_heads)))
         others = (engine for engine in engines if engine is not model)
         items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
-        cpu = preset.target == "onnxruntime"
-        items += [
-            Item(f"the activations of {e.name}", working_bytes(e.activation_bytes, preset.target)) for e in engines
-        ]
         stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])
-        if cpu:
-            items.append(Item("the processes", PROCESS * sum(stage.instances for stage in stages)))
+        if preset.target == "onnxruntime":
+            items += _activations(engines)
+            started = SERVER + sum((PROCESSES[s.name] + _KERNELS * bool(s.component)) * s.instances for s in stages)
+            items.append(Item("the processes", started))
         else:
+            items += [Item(f"the activations of {engine.name}", engine.activation_bytes) for engine in engines]
             contexts = sum(stage.instances for stage in stages if stage.component)
             items.append(Item("the CUDA contexts (estimate)", _CONTEXT * contexts))
             items.append(Item("the CUDA graphs (estimate)", _graphs(model, config, preset)))
         return cls(kv, token, tuple(item for item in items if item.size))
 
 
-def working_bytes(activations: int, target: str) -> int:
-    """What an engine takes for `activations` bytes that its definition needs."""
-    return int(activations * _ARENA) if target == "onnxruntime" else activations
+def working_bytes(activations: int) -> int:
+    """What an engine takes on ONNX Runtime beside weights and caches, for `activations` bytes of its definition."""
+    return int(activations * _UNSEEN)
+
+
+def _activations(engines: list[EnginePlan]) -> list[Item]:
+    """Working memory on ONNX Runtime: of all engines of a process, or of the largest where it is given back."""
+    items = []
+    for engine in engines:
+        stage = _STAGES.get(engine.name, engine.name)
+        largest = max(engines_of(stage, engines), key=lambda e: e.activation_bytes)
+        if stage not in SHRINKING or engine is largest:
+            items.append(Item(f"the activations of {engine.name}", working_bytes(engine.activation_bytes)))
+    return items
+
+
+def engines_of(stage: str, engines: Iterable[EnginePlan]) -> list[EnginePlan]:
+    """Those that run in the process of `stage`."""
+    return [engine for engine in engines if _STAGES.get(engine.name, engine.name) == stage and not engine.reason]
+
+
+def process_bytes(stage: str, engines: Iterable[EnginePlan], cache: int = 0) -> int:
+    """Peak of resident memory of the process of `stage` on ONNX Runtime, with `cache` bytes of caches in use."""
+    own = engines_of(stage, engines)
+    weights = sum(engine.weight_bytes for engine in own)
+    return PROCESSES[stage] + _KERNELS + weights + cache + sum(item.size for item in _activations(own))
 
 
 def _graphs(model: EnginePlan | None, config: MingConfig, preset: Preset) -> int:

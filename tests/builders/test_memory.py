@@ -1,4 +1,4 @@
-"""The plan's figure of a serving process against a real one: the audio encoder at the official width, four layers."""
+"""The plan's figures of serving processes against real ones, which run the mini bundle's engines at the plan's sizes."""
 
 from __future__ import annotations
 
@@ -8,55 +8,79 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from builders import audio_encoder
-from builders.activations import activation_bytes
-from builders.component import ExportOptions
-from builders.export import signature_of
+from builders.arena import Arena, Event, arena_peak, live_peak
 from builders.plan import plan
-from builders.plan_serving import PROCESS, working_bytes
-from ming_trt import presets
-from ming_trt.checkpoint import Checkpoint
-from ming_trt.config import load_config
-from ming_trt.models import audio
-from ming_trt.models.weights import tensor_shapes
-from ming_trt.resources import shipped
+from builders.plan_serving import PROCESSES, SHRINKING, engines_of, process_bytes
+from ming_trt.bundle import Bundle
 
-FRAMES = 3000
-CHILD = """
-import sys
-from pathlib import Path
-import numpy as np
-from ming_trt.runtime.engine import open_engine
-engine = open_engine(Path(sys.argv[1]), "audio_encoder", threads=1)
-mel = np.random.default_rng(0).standard_normal((int(sys.argv[2]), 128)).astype(np.float32)
-for _ in range(2):
-    engine.run({"mel": mel})
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
+CHILD = Path(__file__).with_name("process_memory.py")
+TOLERANCE = 0.1
+
+
+def measured(bundle: Path, stage: str, sizes: dict[str, list[dict[str, int]]]) -> dict[str, int]:
+    job = {"bundle": str(bundle), "shrink": stage in SHRINKING, "engines": sizes}
+    command = [sys.executable, str(CHILD), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def compared(bundle: Path, checkpoint: Path, stage: str) -> tuple[int, int]:
+    """Planned and measured peak of the process of `stage`; what it takes without weights is the plan's in both."""
+    preset = Bundle.open(bundle).preset
+    engines = engines_of(stage, plan(checkpoint, preset).engines)
+    capacity = {"T": preset.profile.max_seq_len}
+    sizes = {
+        engine.name: [
+            {**capacity, **{symbol: typical for symbol, (_, typical, _) in way.sizes.items()}}
+            for way in engine.profiles
+        ]
+        for engine in engines
+    }
+    found = measured(bundle, stage, sizes)
+    base = found["ready"] - found["weights"]
+    return process_bytes(stage, engines, found["caches"]), found["peak"] - base + PROCESSES[stage]
 
 
 @pytest.mark.slow
-def test_resident_memory_within_ten_percent(tmp_path: Path) -> None:
-    values = json.loads((shipped("engines") / "official" / "config.json").read_text("utf-8"))
-    values["audio_config"]["whisper_encoder_config"] |= {"n_layer": 4, "n_ctx": FRAMES}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    config = load_config(tmp_path)
-    shapes = tensor_shapes(audio.weight_map(config.audio, config.llm))
-    # equal tensors would be kept once
-    random = torch.Generator().manual_seed(0)
-    tensors = {k: (0.02 * torch.randn(s, generator=random)).bfloat16() for k, s in shapes.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    preset, options = presets.load("cpu-fp32"), ExportOptions()
-    component = audio_encoder.COMPONENT
-    component.export(config, Checkpoint(tmp_path), tmp_path / "engine", options)
+@pytest.mark.parametrize("stage", ["vision_encoder", "audio_encoder", "llm"])
+def test_processes_of_the_understanding_path_within_ten_percent(understanding_bundle: Path, stage: str) -> None:
+    planned, real = compared(understanding_bundle, understanding_bundle.parent / "checkpoint", stage)
+    assert planned == pytest.approx(real, rel=TOLERANCE)
 
-    weights = next(e for e in plan(tmp_path, preset, ("audio_encoder",)).engines if not e.reason).weight_bytes
-    signature = signature_of(lambda: component.graph(config, options))
-    needed = activation_bytes(signature, {"frames": FRAMES}, scores=True)
-    expected = PROCESS + weights + working_bytes(needed, preset.target)
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "engine" / "model.onnx"), str(FRAMES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert expected == pytest.approx(1024 * int(done.stdout), rel=0.1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["image", "speech"])
+def test_processes_of_pictures_and_speech_within_ten_percent(
+    mini_bundle: Path, understanding_bundle: Path, stage: str
+) -> None:
+    planned, real = compared(mini_bundle, understanding_bundle.parent / "checkpoint", stage)
+    assert planned == pytest.approx(real, rel=TOLERANCE)
+
+
+def test_arena_by_hand() -> None:
+    """Regions of 1, 2, 4 MiB; what is free in one is not joined with another's."""
+    arena, mib = Arena(), 1 << 20
+    arena.allocate(1, mib)
+    arena.allocate(2, mib)
+    assert arena.touched == 2 * mib
+    arena.free(1)
+    arena.allocate(3, mib // 2)
+    assert arena.touched == 2 * mib
+    # one and a half are free in all, in two pieces
+    arena.allocate(4, mib + mib // 2)
+    assert arena.touched == 2 * mib + mib + mib // 2
+    arena.free(3)
+    arena.allocate(5, mib)
+    assert arena.touched == 3 * mib + mib // 2
+
+
+def test_growing_tensors_leave_holes() -> None:
+    """Each fits into none of the holes before it: the arena holds their sum, though one is in use at a time."""
+    sizes = [1 << 20, 3 << 20, 9 << 20]
+    events = [event for key, size in enumerate(sizes) for event in (Event(key, size), Event(key))]
+    assert live_peak(events) == max(sizes) and arena_peak(events) == sum(sizes)
+    # written over what it was made from
+    over = [Event(0, 1 << 20), Event(1, 1 << 20, 0), Event(1)]
+    assert live_peak(over) == arena_peak(over) == 1 << 20

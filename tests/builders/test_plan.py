@@ -54,7 +54,7 @@ def _written(model: Path) -> int:
 
 
 def reduced(folder: Path, kind: str) -> Path:
-    """The golden checkpoint's configuration, and of its weights the headers, an index, one of two shards, or nothing."""
+    """The golden checkpoint's configuration; of its weights headers, an index, one of two shards, or nothing."""
     folder.mkdir()
     (folder / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
     data = (GOLDEN / "model.safetensors").read_bytes()

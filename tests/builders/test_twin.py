@@ -44,7 +44,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def audited(amax: dict[str, float]):  # type: ignore[no-untyped-def]
     config, checkpoint = load_config(CHECKPOINT), Checkpoint(CHECKPOINT)
     facts = {"calibration": {"samples": DRAWN, "input_amax": amax}}
-    entry = ComponentEntry(NAME, "tensorrt", "fp8", f"{NAME}/model.plan", {}, dict.fromkeys(OUTPUTS, {}), facts)
+    entry = ComponentEntry(NAME, "tensorrt", "fp8", f"{NAME}/model.plan", {}, {name: {} for name in OUTPUTS}, facts)
     return audit_graph(
         registry.component(NAME), config, checkpoint, entry, presets.load("tensorrt-fp8").thresholds(NAME)
     )

@@ -1,4 +1,4 @@
-"""The gate's verdict from the build to the server: what each of them makes of it, and what --allow-ungated overrides."""
+"""The gate's verdict from the build to the server: what each makes of it, and what --allow-ungated overrides."""
 
 from __future__ import annotations
 
