@@ -170,7 +170,7 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     """The time of one request, cut at what the server noted on the path that its last answer took.
 
     Of the encoders the one that handed over last is on that path. What the language model did before its first answer
-    is queue and prefill, told apart by its own clock. Raises `ServeError` for a trace that is not of this graph, or
+    is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text. Raises `ServeError` for a trace that is not of this graph, or
     whose clock is not the client's.
     """
     end = sample.clock + sample.seconds
@@ -197,8 +197,9 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     cut.to(answers[-1].start, "llm", "decode")
     _stage(cut, answers[-1])
     sent = trace.whole.times.get("GRPC_SEND_START", (cut.at,))[-1]
-    called = sorted({span.model for span in trace.steps} - {"preprocess", *ENCODERS, "llm", "postprocess"})
-    cut.to(sent, " + ".join(called) or "postprocess", "after the text" if called else "output")
+    # Triton does not trace what `postprocess` calls: it is what the server took after the last text.
+    called = "image" if sample.picture else "speech" if sample.sounds else ""
+    cut.to(sent, called or "postprocess", "by difference" if called else "output")
     cut.to(end, CLIENT, "")
     return [Piece(p.hop, p.part, p.start - sample.clock, p.end - sample.clock) for p in cut.pieces]
 

@@ -86,6 +86,17 @@ def test_a_request_is_cut_at_what_the_server_noted() -> None:
     }
 
 
+@pytest.mark.parametrize(("gives", "hop"), [({"picture": 0.3}, "image"), ({"sounds": [(0.3, 1.0)]}, "speech")])
+def test_what_goes_on_after_the_text_has_its_row(gives: dict[str, Any], hop: str) -> None:
+    (trace,) = read_trace(json.dumps(entries(10.0, one(), [10.206, 10.5])))
+    asked = sample()
+    asked.seconds = 0.52
+    for name, value in gives.items():
+        setattr(asked, name, value)
+    found = {(p.hop, p.part): p.end - p.start for p in pieces(trace, asked)}
+    assert found[hop, "by difference"] == pytest.approx(0.5 - 0.306)
+
+
 def test_rows_are_means_that_add_up() -> None:
     traces = {t.id: t for name in "ab" for t in read_trace(json.dumps(entries(10.0, one(), [10.307], name)))}
     longer = sample("b")
