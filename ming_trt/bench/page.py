@@ -10,7 +10,7 @@ from ming_trt.bench import svg
 from ming_trt.bench.hops import ENCODERS
 from ming_trt.bench.html import Cell, card, document, flat, number, pairs, section, table
 from ming_trt.bench.load import Load
-from ming_trt.bench.metrics import InterTokenLatency, Metric, TimeToFirstAudio, TimeToFirstToken
+from ming_trt.bench.metrics import ImageLatency, InterTokenLatency, Metric, TimeToFirstAudio, TimeToFirstToken
 from ming_trt.bench.samples import Sample
 
 Report = Mapping[str, Any]
@@ -170,7 +170,7 @@ def _ms(value: float | None) -> Cell:
 def _plots(points: Sequence[Report]) -> list[str]:
     """The plots of one scenario."""
     made, own = [], [point for point in points if point["totals"]["succeeded"]]
-    shown: tuple[Metric, ...] = (TimeToFirstToken(), InterTokenLatency(), TimeToFirstAudio())
+    shown: tuple[Metric, ...] = (TimeToFirstToken(), InterTokenLatency(), TimeToFirstAudio(), ImageLatency())
     for metric in shown:
         series = {
             str(_load(point)): [v for s in point["samples"] if not s["error"] for v in metric.of(Sample.from_dict(s))]
@@ -193,7 +193,7 @@ def _plots(points: Sequence[Report]) -> list[str]:
 def _sweep(points: Sequence[Report]) -> str:
     lines = {
         scenario: [
-            (point["totals"]["tokens_per_s"], point["metrics"]["e2e"]["p50"]["value"])
+            (point["totals"]["requests_per_s"], point["metrics"]["e2e"]["p50"]["value"])
             for point in own
             if point["load"]["kind"] == "concurrency" and "e2e" in point["metrics"]
         ]
@@ -201,7 +201,7 @@ def _sweep(points: Sequence[Report]) -> str:
     }
     lines = {scenario: line for scenario, line in lines.items() if len(line) > 1}
     title = "Throughput against latency, by concurrency"
-    return svg.line_plot(title, "tokens/s", "end to end p50, ms", lines) if lines else ""
+    return svg.line_plot(title, "requests/s", "end to end p50, ms", lines) if lines else ""
 
 
 def _by_hop(point: Report) -> dict[str, float]:

@@ -207,7 +207,7 @@ def timeline(title: str, line: Mapping[str, Any], until: float) -> str:
         name = f"llm {part}" if model == "llm" else model
         colour = used.setdefault(name, _COLOURS.get(name, 7))
         y = _TOP + row * (0 if model == "client and network" else lanes.index(model))
-        faint = "" if part in ("compute", "prefill", "decode") else " faint"
+        faint = "" if part in ("compute", "prefill", "decode", "by difference") else " faint"
         told = f"{model}, {part}: {_short(end - start)} ms from {_short(start)} ms on"
         width = max(0.6, (end - start) * scale)
         body.append(_bar(colour, label_width + start * scale, y + 4, width, row - 8, told, faint))

@@ -170,8 +170,8 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     """The time of one request, cut at what the server noted on the path that its last answer took.
 
     Of the encoders the one that handed over last is on that path. What the language model did before its first answer
-    is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text. Raises `ServeError` for a trace that is not of this graph, or
-    whose clock is not the client's.
+    is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text. Raises
+    `ServeError` for a trace that is not of this graph, or whose clock is not the client's.
     """
     end = sample.clock + sample.seconds
     if not sample.clock <= trace.whole.start <= end:
@@ -197,8 +197,7 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     cut.to(answers[-1].start, "llm", "decode")
     _stage(cut, answers[-1])
     sent = trace.whole.times.get("GRPC_SEND_START", (cut.at,))[-1]
-    # Triton does not trace what `postprocess` calls: it is what the server took after the last text.
-    called = "image" if sample.picture else "speech" if sample.sounds else ""
+    called = _called(sample)
     cut.to(sent, called or "postprocess", "by difference" if called else "output")
     cut.to(end, CLIENT, "")
     return [Piece(p.hop, p.part, p.start - sample.clock, p.end - sample.clock) for p in cut.pieces]
@@ -215,6 +214,11 @@ class _Cut:
         if moment > self.at:
             self.pieces.append(Piece(hop, part, self.at, moment))
             self.at = moment
+
+
+def _called(sample: Sample) -> str:
+    """What `postprocess` called for the answer. Triton does not trace it: it is what the server took after the text."""
+    return "image" if sample.picture else "speech" if sample.sounds else ""
 
 
 def _stage(cut: _Cut, span: Span) -> None:
@@ -269,9 +273,13 @@ def timeline(trace: Trace, sample: Sample) -> dict[str, Any]:
         ("input", llm.start, taken), ("queue", taken, queued), ("prefill", queued, first), ("decode", first, last),
     ):  # fmt: skip
         spans.append({"model": "llm", "part": part, "start": ms(start), "end": ms(until)})
+    sent = trace.whole.times.get("GRPC_SEND_START", (trace.whole.start,))[-1]
+    if called := _called(sample):
+        began = answers[-1].at("COMPUTE_OUTPUT_START")
+        spans.append({"model": called, "part": "by difference", "start": ms(began), "end": ms(sent)})
     return {
         "total_ms": round(1000 * sample.seconds, 4),
-        "server": [ms(trace.whole.start), ms(trace.whole.times.get("GRPC_SEND_START", (trace.whole.start,))[-1])],
+        "server": [ms(trace.whole.start), ms(sent)],
         "tokens": [round(1000 * at, 4) for at, _ in sample.arrivals],
         "spans": spans,
     }

@@ -95,6 +95,8 @@ def test_what_goes_on_after_the_text_has_its_row(gives: dict[str, Any], hop: str
         setattr(asked, name, value)
     found = {(p.hop, p.part): p.end - p.start for p in pieces(trace, asked)}
     assert found[hop, "by difference"] == pytest.approx(0.5 - 0.306)
+    last = timeline(trace, asked)["spans"][-1]
+    assert (last["model"], last["start"], last["end"]) == (hop, 316, 510)
 
 
 def test_rows_are_means_that_add_up() -> None:
