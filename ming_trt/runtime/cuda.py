@@ -156,6 +156,8 @@ class Stream:
         self._allocated: dict[int, int] = {}
         self._pinned: dict[int, int] = {}
         self._graphs: set[int] = set()
+        self._capturing = False
+        self._late: list[int] = []
         self._closed = False
 
     def allocate(self, size: int) -> int:
@@ -175,8 +177,14 @@ class Stream:
 
     def free(self, address: int) -> None:
         """See `Queue.free`."""
-        if not self._closed and self._allocated.pop(address, 0):
-            self._cuda.call("cudaFreeAsync", address, self._stream)
+        if self._closed or address not in self._allocated:
+            return
+        if self._capturing:
+            # Python may collect an array at any moment: its memory must not be freed each time the graph is launched.
+            self._late.append(address)
+            return
+        del self._allocated[address]
+        self._cuda.call("cudaFreeAsync", address, self._stream)
 
     @property
     def bytes_in_use(self) -> int:
@@ -230,6 +238,16 @@ class Stream:
 
     def capture(self, work: Callable[[], None]) -> Any:
         """See `Queue.capture`."""
+        self._capturing = True
+        try:
+            return self._capture(work)
+        finally:
+            self._capturing = False
+            late, self._late = self._late, []
+            for address in late:
+                self.free(address)
+
+    def _capture(self, work: Callable[[], None]) -> Any:
         call = self._cuda.call
         try:
             call("cudaStreamBeginCapture", self._stream, self._mode)
@@ -281,7 +299,12 @@ class Stream:
         if self._closed:
             return
         call = self._cuda.call
-        self.wait()
+        try:
+            self.wait()
+        except EngineError:
+            # After such an error CUDA frees nothing any more in this process.
+            self._closed = True
+            raise
         for executable in self._graphs:
             call("cudaGraphExecDestroy", self._cuda.runtime.cudaGraphExec_t(executable))
         for address in self._allocated:

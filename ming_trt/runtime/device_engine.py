@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ming_trt.errors import EngineError
 from ming_trt.runtime.device import Bytes, CaptureError, Context, Plan, Queue, Shape, aligned
 from ming_trt.runtime.device_array import Block, DeviceArray, upload
+from ming_trt.runtime.device_buffer import Buffer
 from ming_trt.runtime.device_call import Layout, Place, choose_profile, lay_out
 from ming_trt.runtime.engine import Array, Arrays, TensorSpec, check_call, check_finite
 
@@ -25,8 +26,6 @@ MAX_CALLS = 64
 """Kinds of runs (and captured graphs) that an engine remembers; the one unused for longest goes."""
 # Decode, not prefill: runs whose shapes seldom repeat gain nothing, and capturing takes longer than they do.
 CAPTURED_PROFILE = 0
-# Above this size buffers grow to what is needed, below it to a power of two, since captured graphs know addresses.
-_LARGE = 1 << 26
 
 
 @dataclass(slots=True)
@@ -52,43 +51,6 @@ class _Call:
     graph: Any = None
     bases: tuple[int, ...] = ()
     refused: bool = False
-
-
-class _Buffer:
-    """Device memory and page-locked host memory that only grow."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._block: Block | None = None
-        self.host: Bytes | None = None
-
-    @property
-    def address(self) -> int:
-        return self._block.address if self._block is not None else 0
-
-    @property
-    def host_address(self) -> int:
-        return int(self.host.ctypes.data) if self.host is not None else 0
-
-    @property
-    def size(self) -> int:
-        return self._block.size if self._block is not None else 0
-
-    def reserve(self, size: int, host: int) -> None:
-        if size > self.size:
-            self._block = None  # first: the old memory may be what the new one is made of
-            self._block = Block(self._queue, _rounded(size))
-        if host > (self.host.size if self.host is not None else 0):
-            if self.host is not None:
-                self._queue.unpin(self.host)
-            self.host = None
-            self.host = self._queue.pinned(_rounded(host))
-
-    def drop(self) -> None:
-        self._block = None
-        if self.host is not None:
-            self._queue.unpin(self.host)
-        self.host = None
 
 
 class DeviceEngine:
@@ -125,7 +87,7 @@ class DeviceEngine:
         self._scratch: Block | None = None
         # what each context was told last
         self._told: dict[int, tuple[int, int]] = {}
-        self._in, self._out = _Buffer(queue), _Buffer(queue)
+        self._in, self._out = Buffer(queue), Buffer(queue)
         unknown = set(self._finite) - self.outputs.keys()
         if unknown:
             self.close()
@@ -195,13 +157,15 @@ class DeviceEngine:
         try:
             self._queue.wait()
         finally:
+            # The queue takes the graphs and all memory with it; contexts must be gone before the plan.
             self._calls.clear()
             self._contexts.clear()
-            self._scratch = None
-            self._in.drop()
-            self._out.drop()
-            self._queue.close()
-            plan.close()
+            try:
+                self._queue.close()
+            finally:
+                self._scratch = None
+                self._in, self._out = Buffer(self._queue), Buffer(self._queue)
+                plan.close()
 
     def _open(self) -> Plan:
         if self._plan is None:
@@ -401,7 +365,3 @@ class DeviceEngine:
 def _view(host: Bytes, offset: int, spec: TensorSpec, shape: Shape) -> Array:
     count = int(np.prod(shape, dtype=np.int64))
     return np.frombuffer(host, spec.dtype, count, offset).reshape(shape)
-
-
-def _rounded(size: int) -> int:
-    return aligned(size) if size >= _LARGE else max(1 << 12, 1 << (size - 1).bit_length())

@@ -235,6 +235,29 @@ def test_graphs(runtime: Runtime) -> None:
     assert runtime.alive == 0 and not runtime.device
 
 
+def test_memory_that_is_collected_during_a_capture_is_freed_after_it(runtime: Runtime) -> None:
+    stream = Stream()
+    arrays = [DeviceArray.zeros(stream, (4,), np.uint8)]
+
+    def work() -> None:
+        arrays.clear()
+        assert len(runtime.device) == 1
+
+    stream.capture(work)
+    assert not runtime.device and stream.bytes_in_use == 0
+    stream.close()
+
+
+def test_a_stream_that_failed_closes_with_its_error(runtime: Runtime) -> None:
+    stream = Stream()
+    array = DeviceArray.zeros(stream, (4,), np.uint8)
+    runtime.fail = "cudaStreamSynchronize"
+    with pytest.raises(EngineError, match="cudaStreamSynchronize failed"):
+        stream.close()
+    stream.close()
+    del array
+
+
 @pytest.mark.parametrize("step", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "work"])
 def test_captures_that_fail_leave_nothing_behind(runtime: Runtime, step: str) -> None:
     stream = Stream()
