@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ming_trt.bench.compare import REPORT, Comparison
+from ming_trt.bench.html import number
 from ming_trt.bench.load import Load
 from ming_trt.bench.page import page
 from ming_trt.errors import InputError
@@ -38,23 +39,27 @@ def check_place(folder: Path) -> None:
         raise InputError(f"'{folder}' cannot be made ({error.strerror}): give another folder by -o") from None
 
 
+# Metrics of the terminal's table and of the last line, by name; rates by name and title.
+_SHOWN = ("ttft", "itl", "e2e", "ttfa", "rtf", "image")
+_RATES = {"tokens_per_s": "tokens/s", "images_per_minute": "images/min", "goodput_per_s": "goodput/s"}
+
+
 def latency_table(report: Mapping[str, Any]) -> Table:
-    """Median and tail of each scenario and load."""
+    """Median and tail of each scenario and load; columns in which something stands."""
     from rich.table import Table
 
-    table = Table("scenario", "load", box=None)
-    for title in ("ttft p50", "ttft p95", "itl p50", "itl p95", "e2e p50", "e2e p95", "tokens/s", "goodput/s"):
+    shown = [name for name in _SHOWN if any(name in point["metrics"] for point in report["points"])]
+    rates = [name for name in _RATES if any(point["totals"][name] for point in report["points"])]
+    table = Table("scenario", box=None)
+    table.add_column("load", no_wrap=True)
+    for title in (*shown, *(_RATES[name] for name in rates)):
         table.add_column(title, justify="right")
     for title in ("in time", "errors", "hops"):
         table.add_column(title, justify="right")
     for point in report["points"]:
         counted, metrics = point["totals"], point["metrics"]
-        cells = [
-            f"{metrics[name][part]['value']:.1f}" if name in metrics else "-"
-            for name in ("ttft", "itl", "e2e")
-            for part in ("p50", "p95")
-        ]
-        cells += [f"{counted[name]:.4g}" for name in ("tokens_per_s", "goodput_per_s")]
+        cells = [_both(metrics[name]) if name in metrics else "-" for name in shown]
+        cells += [number(counted[name]) if counted[name] else "-" for name in rates]
         hops = point["hops"]
         cells += [
             f"{100 * counted['goodput_share']:.0f} %",
@@ -63,6 +68,10 @@ def latency_table(report: Mapping[str, Any]) -> Table:
         ]
         table.add_row(point["scenario"], str(Load(**point["load"])), *cells)
     return table
+
+
+def _both(metric: Mapping[str, Any]) -> str:
+    return " / ".join(number(metric[part]["value"]) for part in ("p50", "p95"))
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -91,8 +100,8 @@ def summary(report: Mapping[str, Any], files: tuple[Path, Path]) -> dict[str, An
                 "scenario": point["scenario"],
                 "load": point["load"],
                 **{
-                    f"{name}_p50_ms": point["metrics"][name]["p50"]["value"]
-                    for name in ("ttft", "itl", "e2e")
+                    f"{name}_p50{'' if name == 'rtf' else '_ms'}": point["metrics"][name]["p50"]["value"]
+                    for name in _SHOWN
                     if name in point["metrics"]
                 },
                 "tokens_per_s": point["totals"]["tokens_per_s"],
