@@ -53,7 +53,7 @@ def latency_table(report: Mapping[str, Any]) -> Table:
     table = Table("scenario", box=None)
     table.add_column("load", no_wrap=True)
     for title in (*shown, *(_RATES[name] for name in rates)):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for title in ("in time", "errors", "hops"):
         table.add_column(title, justify="right")
     for point in report["points"]:

@@ -84,7 +84,8 @@ def command(
     files = write(report, output)
     out = console()
     out.print(latency_table(report))
-    out.print("\nmedian / 95th percentile, milliseconds (rtf: s/s); " + "; ".join(f"{name}: {why}" for name, why in report["skipped"].items()))
+    skipped = "; ".join(f"{name}: {why}" for name, why in report["skipped"].items())
+    out.print(f"\nmedian / 95th percentile in milliseconds (rtf: s/s); {skipped or 'nothing was left out'}")
     out.print(f"report: {files[1]}\n")
     typer.echo(json_module.dumps(summary(report, files), ensure_ascii=False))
 
