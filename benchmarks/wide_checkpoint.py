@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from builders.skeleton import HEADERS, Header, write_skeleton
+from builders.skeleton import HEADERS, write_skeleton
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.resources import shipped
 
@@ -40,7 +40,7 @@ _ROWS = {
     r"\.mlp\.(audio_|image_)?gate\.weight": EXPERTS,
     r"connector/model\.embed_tokens": 1024,
 }
-_TABLE_SIDE = 128
+_TABLE_SIDE, _LAST_BLOCK = 128, 23
 
 
 def write(folder: Path) -> Path:
@@ -75,6 +75,10 @@ def _cut(file: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     folder = file.rpartition("/")[0]
     kept = {}
     for name, (dtype, shape) in tensors.items():
+        # the denoiser's last block is of its own kind: it takes the place of the first that is left out
+        if f"transformer_blocks.{LAYERS}." in name:
+            continue
+        name = name.replace(f"transformer_blocks.{_LAST_BLOCK}.", f"transformer_blocks.{LAYERS}.")
         path, shape = f"{folder}/{name}", list(shape)
         if any((found := re.search(pattern, path)) and int(found[1]) >= stay for pattern, stay in _DEPTHS.items()):
             continue

@@ -200,8 +200,8 @@ def _until_next(events: list[Event], index: int) -> Iterator[Event]:
 def _scratch(args: tuple[Any, ...], inputs: list[torch.Tensor]) -> tuple[int, list[int]]:
     """Bytes that attention writes besides its output: the mask as float32, and the scores.
 
-    Where query heads share key heads a build writes it in basic operators (`builders/lowering.py`): products, their sums
-    with the mask, and the softmax are tensors of their own.
+    Where query heads share key heads a build writes it in basic operators (`builders/lowering.py`): products, their
+    sums with the mask, and the softmax are tensors of their own.
     """
     query, key = args[0], args[1]
     scores = 4 * math.prod((*query.shape[:-1], key.shape[-2]))

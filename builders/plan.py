@@ -24,10 +24,11 @@ from ming_trt.presets import Preset
 
 __all__ = ["EnginePlan", "Item", "Plan", "gib", "plan"]
 
-# Resident memory of torch, onnx and ONNX Runtime before they hold a weight; grows by some MiB an export. Measured.
-_BUILD_BASE = 480 * 2**20
-# The exporter holds a tensor as read, as converted, and as written.
-_COPIES = 3
+# Resident memory of torch, onnx and ONNX Runtime in an export, before they hold a weight, and what each one leaves
+# behind. Measured (benchmarks/memory.py).
+_BUILD_BASE, _EXPORT_LEAVES = 430 * 2**20, 11 * 2**20
+# The exporter holds the largest tensor as stored, mostly in bfloat16, and as float32.
+_COPIES = 1.6
 # Exporting to TensorRT-LLM goes matrix by matrix; calibration and gate too, measured at the official widths.
 _RANKS_PEAK = 2**30
 # Seconds on one core of a server, measured with the mini checkpoint: an export, and a compilation of TensorRT-RTX.
@@ -77,8 +78,8 @@ def plan(
     nothing else (then the sizes are those that it asks for); "official" stands for the sizes of the published one.
 
     `memory_limit` bytes of memory to fit into: 0 takes the preset's device memory or, on a CPU target, what this
-    machine has free. `gpus`, `experts`: tensor and expert parallel sizes. `Plan.problem` says what does not fit;
-    nothing is raised for that. Raises `MingError` for a checkpoint or selection that cannot be built.
+    machine has free; a GPU that the preset does not describe is not compared with. `gpus`, `experts`: tensor and
+    expert parallel sizes. `Plan.problem` says what does not fit; nothing is raised for that. Raises `MingError` for a checkpoint or selection that cannot be built.
     """
     _check_selection(preset, only, gpus, experts)
     with checkpoint_folder(folder) as place:
@@ -133,7 +134,8 @@ def _plan(
         )
     here = [engine for engine in made if engine.built]
     needs = Needs.of(made, config, preset, parallel)
-    limit = memory_limit or preset.device_memory or available_memory()
+    # what a GPU has cannot be seen here, unless the preset says it
+    limit = memory_limit or preset.device_memory or (available_memory() if preset.target == "onnxruntime" else 0)
     build_peak, gate_peak = _peaks(here, preset)
     weights = sum(engine.weight_bytes for engine in here)
     return Plan(
@@ -157,7 +159,7 @@ def _plan(
         memory_limit=limit,
         seconds=_seconds(here, preset),
         problem=plan_serving.problem(needs, made, limit, preset, config, parallel, shapes),
-        notes=(*_notes(engines, preset), *_gaps(checkpoint)),
+        notes=(*_notes(engines, preset, limit), *_gaps(checkpoint)),
     )
 
 
@@ -170,9 +172,11 @@ def _peaks(engines: list[EnginePlan], preset: Preset) -> tuple[int, int]:
     """Peak of host memory of the build's steps, and of its gates."""
     if preset.target == trtllm.TARGET:
         return _RANKS_PEAK, _RANKS_PEAK
-    export = _COPIES * max(engine.largest_tensor_bytes for engine in engines)
+    base = _BUILD_BASE + _EXPORT_LEAVES * len(engines)
+    export = int(_COPIES * max(engine.largest_tensor_bytes for engine in engines))
+    # the definition is there while the engine runs, on inputs that are small beside the weights
     compare = max(engine.reference_bytes + engine.weight_bytes for engine in engines)
-    return _BUILD_BASE + export, _BUILD_BASE + (compare if preset.target == "onnxruntime" else 0)
+    return base + export, base + (compare if preset.target == "onnxruntime" else 0)
 
 
 def _seconds(engines: list[EnginePlan], preset: Preset) -> float:
@@ -193,8 +197,10 @@ def _gaps(checkpoint: HeaderCheckpoint) -> tuple[str, ...]:
     return ()
 
 
-def _notes(engines: list[EnginePlan], preset: Preset) -> tuple[str, ...]:
+def _notes(engines: list[EnginePlan], preset: Preset, limit: int) -> tuple[str, ...]:
     found = []
+    if not limit:
+        found.append(f"preset {preset.name} does not state device_memory: the sum was compared with nothing")
     aside = [engine.name for engine in engines if not engine.reason and not engine.built]
     if aside:
         found.append(

@@ -10,7 +10,7 @@ from builders import registry, trtllm
 from builders.plan_engine import EnginePlan, Shapes, cache_bytes_per_token, engine_weights
 from ming_trt import presets
 from ming_trt.presets import Preset
-from ming_trt.serving.graph import stages_for
+from ming_trt.serving.graph import REQUIRED_COMPONENTS, stages_for
 
 if TYPE_CHECKING:
     from ming_trt.config import MingConfig
@@ -138,14 +138,16 @@ def problem(
     parallel: tuple[int, int],
     shapes: Shapes,
 ) -> str:
-    """Why the plan cannot be built or served, in one sentence, or ""."""
+    """Why the plan cannot be built or served in `limit` bytes (0 = any), in one sentence, or ""."""
     profile = preset.profile
     if needs.kv_bytes > preset.kv_budget:
+        other = _nearest(engines, needs.total, limit, preset, config, parallel, shapes) if limit else ""
         return (
             f"the KV cache of {profile.slots} slots of {profile.max_seq_len} tokens needs {gib(needs.kv_bytes)}, above "
             f"the preset's kv_budget of {gib(preset.kv_budget)}: lower max_seq_len or slots, or raise kv_budget"
+            + (f"; or {other}" if other else "")
         )
-    if needs.total <= limit:
+    if not limit or needs.total <= limit:
         return ""
     largest = max(needs.items, key=lambda item: item.size)
     remedy = _nearest(engines, needs.total, limit, preset, config, parallel, shapes)
@@ -164,30 +166,41 @@ def _nearest(
     parallel: tuple[int, int],
     shapes: Shapes,
 ) -> str:
-    """What to do: the shipped preset of this target that uses most of `limit` and fits, or how far the next one is.
+    """What to do: the shipped preset of this target that uses most of `limit` and fits, or how far the next one is,
+    and whether the language model and its encoders alone would fit.
 
     Working memory is taken as that of `preset`: others differ in the precision of weights, in slots and in lengths.
     """
-    best, best_bytes, least, least_bytes = "", 0, preset.name, total
+    needed = {preset.name: total}
     for name in presets.names():
         other = presets.load(name)
-        if other.target != preset.target or other.name == preset.name:
-            continue
-        changed = []
-        for engine in engines:
-            # the precisions of TensorRT-LLM presets are equal
-            if engine.name != trtllm.NAME:
-                weights = engine_weights(registry.component(engine.name), shapes[engine.name], other)
-                engine = replace(engine, weight_bytes_per_gpu=weights)
-            changed.append(engine)
-        needed = Needs.of(changed, config, other, parallel).total
-        if best_bytes < needed <= limit:
-            best, best_bytes = name, needed
-        if needed < least_bytes:
-            least, least_bytes = name, needed
-    if best:
-        return f"take preset {best}"
-    return f"no shipped preset fits, {least} comes nearest with {gib(least_bytes)}; take a larger machine, or --only"
+        if other.target == preset.target and name != preset.name:
+            found = Needs.of([_stored(engine, other, shapes) for engine in engines], config, other, parallel)
+            if found.kv_bytes <= other.kv_budget:
+                needed[name] = found.total
+    fitting = {name: size for name, size in needed.items() if size <= limit and name != preset.name}
+    if fitting:
+        return f"take preset {max(fitting, key=lambda name: fitting[name])}"
+    least = min(needed, key=lambda name: needed[name])
+    remedy = f"no shipped preset fits, {least} comes nearest with {gib(needed[least])}"
+    if least == preset.name:
+        remedy = "no shipped preset needs less"
+    chosen = presets.load(least) if least != preset.name else preset
+    few = [_stored(engine, chosen, shapes) for engine in engines if engine.name in (*REQUIRED_COMPONENTS, trtllm.NAME)]
+    if few and len(few) < len(engines):
+        without = Needs.of(few, config, chosen, parallel).total
+        if without <= limit:
+            only = " ".join(f"--only {engine.name}" for engine in few)
+            return f"{remedy}; without pictures and speech ({only}) that preset needs {gib(without)}"
+    return f"{remedy}; take a larger machine, or leave engines out with --only"
+
+
+def _stored(engine: EnginePlan, preset: Preset, shapes: Shapes) -> EnginePlan:
+    """The engine with its weights as `preset` stores them; the precisions of TensorRT-LLM presets are equal."""
+    if engine.name == trtllm.NAME:
+        return engine
+    weights = engine_weights(registry.component(engine.name), shapes[engine.name], preset)
+    return replace(engine, weight_bytes_per_gpu=weights)
 
 
 def gib(size: float) -> str:

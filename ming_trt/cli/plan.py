@@ -79,7 +79,7 @@ def _show(made: Plan) -> None:
     serving = Table(f"serving, on the {place}", "", box=None)
     for item in made.run_items:
         serving.add_row(item.what, gib(item.size))
-    serving.add_row("sum", f"{gib(made.run_bytes)} of {gib(made.memory_limit)}")
+    serving.add_row("sum", gib(made.run_bytes) + (f" of {gib(made.memory_limit)}" if made.memory_limit else ""))
     out.print(serving)
     sums = Table("build", "", box=None)
     sums.add_row("steps", ", ".join(made.steps))

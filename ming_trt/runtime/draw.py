@@ -6,6 +6,7 @@ The server runs the same steps, with the LLM and the picture engines in processe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,8 @@ from ming_trt.processing.request import Request
 from ming_trt.runtime.events import ErrorEvent
 from ming_trt.runtime.image import ImageRequest, Picture
 from ming_trt.runtime.image_worker import ImageEvent, ImageGenerator, PictureEvent, open_image
-from ming_trt.runtime.pipeline import Pipeline
+from ming_trt.runtime.pipeline import Pipeline, generation_request
 from ming_trt.runtime.query_rows import hidden_rows, insert_query_rows, open_query_rows, read_only
-from ming_trt.runtime.sequence import GenerationRequest
 
 
 class Painter:
@@ -80,13 +80,5 @@ class Painter:
         features = insert_query_rows(
             self.pipeline.features(prompt), len(prompt.pixel_values) // merged, self.query_rows
         )
-        reading = GenerationRequest(
-            input_ids=prompt.input_ids,
-            modality=prompt.modality,
-            positions=prompt.positions,
-            position_delta=int(prompt.position_delta[0]),
-            feature_index=prompt.feature_index,
-            features=features,
-            request_id=request_id,
-        )
+        reading = replace(generation_request(prompt, features), request_id=request_id)
         return hidden_rows(self.pipeline.llm.submit(read_only(reading)))

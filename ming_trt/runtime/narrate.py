@@ -6,6 +6,7 @@ The server runs the same steps, with the LLM and the speech engines in processes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from ming_trt.processing.request import Request
 from ming_trt.processing.speech_text import Piece, StreamSplitter, pieces_to_read
 from ming_trt.processing.voice import Voice, decode_clip
 from ming_trt.runtime.events import ErrorEvent, FinishEvent, HiddenEvent, TokenEvent
-from ming_trt.runtime.pipeline import Pipeline
-from ming_trt.runtime.sequence import GenerationRequest
+from ming_trt.runtime.pipeline import Pipeline, generation_request
 from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
 from ming_trt.runtime.voices import Voices
 
@@ -80,18 +80,9 @@ class Narrator:
         the prompt."""
         pipeline = self.pipeline
         prepared = pipeline.processor.prepare(request, images, videos, audios)
+        asked = generation_request(prepared, pipeline.features(prepared))
         handle = pipeline.llm.submit(
-            GenerationRequest(
-                input_ids=prepared.input_ids,
-                modality=prepared.modality,
-                positions=prepared.positions,
-                position_delta=int(prepared.position_delta[0]),
-                feature_index=prepared.feature_index,
-                features=pipeline.features(prepared),
-                sampling=request.sampling,
-                request_id=request.id,
-                want_hidden="all",
-            )
+            replace(asked, sampling=request.sampling, request_id=request.id, want_hidden="all")
         )
         splitter = StreamSplitter()
         thinker: Floats | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,18 +99,8 @@ class Pipeline:
 
     def submit(self, prepared: Prepared, sampling: Sampling, request_id: str = "") -> Handle:
         """Encodes the media of a prepared prompt and queues it."""
-        return self.llm.submit(
-            GenerationRequest(
-                input_ids=prepared.input_ids,
-                modality=prepared.modality,
-                positions=prepared.positions,
-                position_delta=int(prepared.position_delta[0]),
-                feature_index=prepared.feature_index,
-                features=self.features(prepared),
-                sampling=sampling,
-                request_id=request_id,
-            )
-        )
+        asked = generation_request(prepared, self.features(prepared))
+        return self.llm.submit(replace(asked, sampling=sampling, request_id=request_id))
 
     def features(self, prepared: Prepared) -> npt.NDArray[np.float32]:
         """Vision rows, then audio rows, f32 [R, H]."""
@@ -118,6 +108,18 @@ class Pipeline:
             vision = self._vision(prepared.pixel_values, prepared.image_grid)
             audio = self._audio(prepared.mel, prepared.mel_lengths)
         return np.concatenate([vision, audio])
+
+
+def generation_request(prepared: Prepared, features: npt.NDArray[np.float32]) -> GenerationRequest:
+    """What the LLM is asked: a prepared prompt and the rows f32 [R, H] of its media."""
+    return GenerationRequest(
+        input_ids=prepared.input_ids,
+        modality=prepared.modality,
+        positions=prepared.positions,
+        position_delta=int(prepared.position_delta[0]),
+        feature_index=prepared.feature_index,
+        features=features,
+    )
 
 
 def deltas(handle: Handle, codec: TextCodec) -> Iterator[Delta]:

@@ -2,9 +2,8 @@
 
     python process_memory.py '{"bundle": …, "shrink": …, "engines": {name: [{symbol: size}, …]}}'
 
-Prints JSON, bytes: `ready` (resident when all engines are open), `weights` (their files), `caches` (the largest given to
-any engine), `peak` (the most that was ever resident). The last two lines of a run are what counts: each engine runs
-twice at each of its sizes.
+Prints JSON, bytes: `ready` (resident when all engines are open), `weights` (their files), `caches` (the largest given
+to any engine), `peak` (the most that was ever resident). Each engine runs twice at each of its sizes.
 """
 
 from __future__ import annotations

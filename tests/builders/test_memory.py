@@ -1,4 +1,4 @@
-"""The plan's figures of serving processes against real ones, which run the mini bundle's engines at the plan's sizes."""
+"""The plan's figures of serving processes against real ones, which run the mini engines at the plan's sizes."""
 
 from __future__ import annotations
 

@@ -97,6 +97,15 @@ def test_verify_without_the_engine(bundle: Path) -> None:
     assert done.stderr.startswith("error: bundle") and "has no llm (skipped: not selected)" in done.stderr
 
 
+def test_peaks_of_a_build_are_planned_within_ten_percent(bundle: Path) -> None:
+    """Each step of the build notes the peak of its process's resident memory, as the kernel counts it."""
+    events = [json.loads(line) for line in (bundle / ".journal").read_text().splitlines()]
+    peaks = {event["step"]: event["peak_bytes"] for event in events if event["event"] == "built"}
+    planned = json.loads(run("plan", CHECKPOINT, "--only", "audio_encoder", "--preset", "mini-cpu", "--json").stdout)
+    assert planned["build_peak_bytes"] == pytest.approx(peaks["audio_encoder"], rel=0.1)
+    assert planned["gate_peak_bytes"] == pytest.approx(peaks["gate:audio_encoder"], rel=0.1)
+
+
 def test_plan_as_json() -> None:
     done = run("plan", CHECKPOINT, "--json")
     assert done.returncode == 0
