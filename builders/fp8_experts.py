@@ -8,7 +8,7 @@ SparseMoEFP8(x [N, H], logits [N, E], gate_up e4m3 [E, 2I, H], down e4m3 [E, H, 
 
 Its body computes the same with Q/DQ in float32, whatever the graph's floats are. The scales of rows are multiplied
 after the products, as the kernels do it: so the products take the codes themselves, with one scale for all, and a
-builder without the plugin multiplies in FP8 too. The body is dense, as that of SparseMoE.
+builder without the plugin multiplies in FP8 too (`inline_bodies`). The body is dense, as that of SparseMoE.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
+from onnx_ir.passes.common import InlinePass
 
 from builders.fp8 import FP8, LARGEST, Range, largest_of, to_fp8, weight_scales
 from builders.functions import DOMAIN, PLUGIN_NAMESPACE, SPARSE_MOE, remove_unused_bodies
@@ -65,6 +66,16 @@ def add_body(model: ir.Model, precision: str) -> None:
         function = ir.serde.deserialize_function(_body(top_k, bool(normalize), DTYPES[precision]))
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
+
+
+def inline_bodies(model: ir.Model) -> None:
+    """Writes the body in the place of each node, for a builder without the plugin.
+
+    TensorRT's parser does that by itself, but names a `QuantizeLinear` in a function by its node alone, so that the
+    second layer's is refused ("the new name is already in use"). Here each gets a name of its own.
+    """
+    InlinePass(lambda function: function.name == SPARSE_MOE_FP8)(model)
+    remove_unused_bodies(model)
 
 
 def _node(

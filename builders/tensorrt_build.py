@@ -12,6 +12,7 @@ from builders import fp8_ranges
 from builders import tensorrt_api as api
 from builders.component import Component, ExportOptions
 from builders.export import DATA_FILE, MODEL_FILE
+from builders.fp8_experts import SPARSE_MOE_FP8
 from builders.precision import Floats, FP8PerChannel, scheme
 from builders.tensorrt import PLAN_FILE, Settings, compile_plan, expect_layers
 from builders.tensorrt_profiles import fixed_sizes, phases
@@ -52,12 +53,14 @@ def plugin_libraries() -> tuple[Path, ...]:
 def export_options(preset: Preset, name: str) -> ExportOptions:
     """How the graph of engine `name` is made; without FP8 ranges, which come from `with_ranges`."""
     release = api.load(preset.target).release
+    made = scheme(preset.target, name, preset.precision_of(name))
+    alone = () if isinstance(made, Floats) or plugin_libraries() else (SPARSE_MOE_FP8,)
     return ExportOptions(
         "tensorrt",
         preset.precision_of(name),
-        scheme(preset.target, name, preset.precision_of(name)),
+        made,
         fixed=tuple(fixed_sizes(name, preset.profile).items()),
-        lowered=api.lacking(release),
+        lowered=(*api.lacking(release), *alone),
     )
 
 

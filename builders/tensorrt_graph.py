@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from builders.fp8 import quantize
-from builders.fp8_experts import add_body, quantize_experts
+from builders.fp8_experts import SPARSE_MOE_FP8, add_body, inline_bodies, quantize_experts
 from builders.precision import Floats
 from builders.tensorrt_lowering import lower_operators, lower_unfused_attention
 from ming_trt.errors import BuildError
@@ -26,6 +26,8 @@ def adapt(model: ir.Model, options: ExportOptions) -> dict[str, str]:
         ranges = dict(options.ranges)
         verdicts = quantize(model, options.scheme, ranges) | quantize_experts(model, options.scheme, ranges)
         add_body(model, options.float_precision)
+        if SPARSE_MOE_FP8 in options.lowered:
+            inline_bodies(model)
     _fix(model, dict(options.fixed))
     lower_unfused_attention(model)
     lower_operators(model, (*options.lowered, *(("Mish",) if options.float_precision == "bf16" else ())))

@@ -15,6 +15,7 @@ from builders.component import ExportOptions
 from builders.export import save
 from builders.fp8 import LARGEST
 from builders.fp8_errors import linear_errors
+from builders.fp8_experts import inline_bodies
 from builders.functions import DOMAIN, add_bodies
 from builders.precision import Floats, FP8PerChannel, FP8PerTensor, Scheme
 from builders.tensorrt import Settings, compile_plan
@@ -149,7 +150,10 @@ def test_each_matrix_of_the_experts_keeps_25_db() -> None:
 def test_a_builder_without_the_plugin_takes_the_body_apart(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt_rtx_libs") is None:
         pytest.skip("TensorRT-RTX is not installed: pip install 'ming-trt[rtx]'")
-    save(quantised(drawn()[0], FP8PerChannel("bf16")), tmp_path)
+    model = quantised(drawn()[0], FP8PerChannel("bf16"))
+    inline_bodies(model)
+    assert not model.functions and DOMAIN not in model.opset_imports
+    save(model, tmp_path)
     inputs = {"x": {"shape": ["N", HIDDEN]}, "logits": {"shape": ["N", EXPERTS]}}
     built = compile_plan(
         tmp_path / "model.onnx", inputs, [Phase("any", {"N": (1, 8, 64)})], tmp_path, Settings("tensorrt-rtx")

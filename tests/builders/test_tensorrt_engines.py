@@ -1,14 +1,20 @@
 """Every engine of the mini checkpoint through the real builder; the float16 graphs that it compiles also run.
 
-Of the denoiser three blocks are built, one of each kind, since exporting all of them takes half a minute.
+Exporting is what takes the time, so there is one layer of each kind here, and a graph that two tests need is exported
+once.
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from builders import export as exporter
 from builders import registry
 from builders.component import ExportOptions, Feeds
 from builders.export import MODEL_FILE
@@ -26,8 +32,8 @@ from ming_trt.presets import Profile, Thresholds
 
 pytestmark = pytest.mark.slow
 # float16 through a few blocks of random weights. The vocoder's waveform follows a phase, and its spectrum is an
-# exponential: errors grow there.
-TOLERANCES = {"vocoder": Thresholds(1e-1, 0.999, 26.0)}
+# exponential: errors grow there, the most in single samples.
+TOLERANCES = {"vocoder": Thresholds(3e-1, 0.999, 30.0)}
 FP16 = Thresholds(2e-2, 0.9999, 38.0)
 CAPACITY = 128
 PROFILE = Profile(max_seq_len=512, slots=2, prefill_chunk=64, max_image_tokens=1024, max_audio_frames=3000)
@@ -45,15 +51,48 @@ def rtx() -> None:
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ming_trt.mini import write_mini
+    """The mini checkpoint with one layer of each kind: a window and a full one in vision; dual, joint and last blocks
+    in the denoiser, and a refiner of each input."""
+    from ming_trt.mini import image, speech, write_mini
 
     folder = tmp_path_factory.mktemp("mini") / "checkpoint"
-    write_mini(folder)
-    file = folder / "transformer" / "config.json"
-    config = json.loads(file.read_text("utf-8"))
-    config["num_layers"] = 3
-    file.write_text(json.dumps(config), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        flow = {"encoder_layers": 1, "up_layers": 1, "mid_stages": 1}
+        patch.setattr(speech, "FLOW", replace(speech.FLOW, **flow))
+        patch.setattr(speech, "HIFT", replace(speech.HIFT, resblock_kernels=(3,)))
+        blocks = {"num_layers": 3, "dual_attention_layers": [0], "num_refiner_layers": 1}
+        patch.setattr(image, "_TRANSFORMER", {**image._TRANSFORMER, **blocks})
+        write_mini(folder)
+    change(folder / "vae" / "config.json", layers_per_block=1)
+    change(folder / "connector" / "config.json", num_hidden_layers=1)
+    change(folder / "talker" / "config.json", num_hidden_layers=1)
+    vision = json.loads((folder / "config.json").read_text("utf-8"))["vision_config"]
+    change(folder / "config.json", vision_config={**vision, "depth": 2, "fullatt_block_indexes": [1]})
     return folder
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **values}), "utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_once() -> Iterator[None]:
+    """A graph without weights depends on the configuration and the type of its floats alone: each is exported once."""
+    known: dict[tuple[str, str, str], ir.Model] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in registry.COMPONENTS:
+            component = registry.component(name)
+
+            def graph(config: Any, options: ExportOptions, name: str = name, export: Any = component.graph) -> ir.Model:
+                if exporter._only_signature.get():  # no graph is wanted then
+                    return export(config, options)
+                key = (name, options.float_precision, repr(config))
+                if key not in known:
+                    known[key] = export(config, options)
+                return known[key].clone()
+
+            patch.setattr(component, "graph", graph, raising=True)
+        yield
 
 
 @pytest.mark.parametrize("name", registry.COMPONENTS)
@@ -105,17 +144,21 @@ def with_capacity(feeds: Feeds, capacity: int) -> Feeds:
 def test_other_precisions_differ_in_types_and_qdq_only(name: str, mini: Path) -> None:
     config, checkpoint = load_config(mini), Checkpoint(mini)
     component = registry.component(name)
-    modules = component.reference(config, checkpoint).named_modules()
-    ranges = tuple((module, 1.0) for module, inner in modules if hasattr(inner, "in_features"))
+    modules = dict(component.reference(config, checkpoint).named_modules())
+    ranges = [(module, 1.0) for module, inner in modules.items() if hasattr(inner, "in_features")]
+    stacks = [f"{module}.{part}" for module in modules for part in ("gate_up", "down") if module.endswith(".mlp")]
+    ranges += [(stack, 1.0) for stack in stacks]
     lists, graphs = [], []
     for scheme in (Floats("fp16"), Floats("bf16"), FP8PerChannel("bf16")):
-        model = component.model(config, checkpoint, ExportOptions("tensorrt", "", scheme, ranges=ranges))
+        model = component.model(config, checkpoint, ExportOptions("tensorrt", "", scheme, ranges=tuple(ranges)))
         graphs.append(model)
         lists.append([(node.name, node.domain, node.op_type) for node in model.graph])
     fp16, bf16, fp8 = lists
     assert bf16 == fp16
     qdq = ("QuantizeLinear", "DequantizeLinear")
-    assert [node for node in fp8 if node[2] not in qdq] == fp16
+    # a node of experts holds its Q/DQ in its body (tests/builders/test_fp8_experts.py)
+    plain = [(*node[:2], node[2].removesuffix("FP8")) for node in fp8 if node[2] not in qdq]
+    assert plain == fp16
     assert any(node[2] in qdq for node in fp8)
     values = [{v.name: v.dtype.name for n in model.graph for v in n.outputs if v.dtype} for model in graphs[:2]]
     changed = {pair for name in values[0] if (pair := (values[0][name], values[1].get(name, "")))[0] != pair[1]}
@@ -136,11 +179,18 @@ def test_a_bundle_of_plans_is_compiled_not_run(mini: Path, tmp_path: Path) -> No
     preset = presets.from_dict(
         {
             "target": RTX,
-            "precision": {"default": "bf16", "condition": "fp8", "vocoder": "fp16", "f0_predictor": "fp32"},
+            "precision": {
+                "default": "bf16",
+                "condition": "fp8",
+                "llm": "fp8",
+                "vocoder": "fp16",
+                "f0_predictor": "fp32",
+            },
+            "profile": {"max_seq_len": 512, "slots": 2, "prefill_chunk": 64},
         },
         "mine",
     )
-    options = Options(mini, tmp_path / "bundle", preset, ("condition",))
+    options = Options(mini, tmp_path / "bundle", preset, ("condition", "llm"))
     report = build(options)
     assert report.ok and report.verdict == NOT_RUN
     bundle = Bundle.open(tmp_path / "bundle")
@@ -158,6 +208,20 @@ def test_a_bundle_of_plans_is_compiled_not_run(mini: Path, tmp_path: Path) -> No
 
     again = build(options)
     assert {str(result.outcome) for name, result in again.results.items() if "condition" in name} == {"NOOP"}
+
+    (talk,) = audit(bundle, mini, ("llm",))
+    # the experts too, in basic operators since no plugin is loaded; every linear and every expert keeps 25 dB
+    assert talk.gate.verdict == NOT_RUN and all(output.verdict == PASSED for output in talk.gate.outputs)
+    layers = {layer.name: layer for layer in talk.layers}
+    assert {f"layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_up", "down")} <= set(layers)
+    assert all(layer.sqnr_db >= 25 and layer.verdict == PASSED for layer in layers.values())
+    assert "top-1 agreement" in talk.note and "routers choose experts" in talk.note
+    facts = bundle.component("llm").facts
+    assert facts["graph"]["lowered"] == ["SparseMoEFP8"] and "ming:SparseMoE" not in facts["operators"]
+    # of each layer: four inputs of linear layers (two of them share one), and two of its experts
+    assert facts["plan"]["layers"]["QUANTIZE"] == 2 * (4 + 2)
+    calibrated = facts["calibration"]
+    assert calibrated["input_amax"]["layers.0.mlp.down"] > 0 and "unreached_experts" in calibrated
 
     (found,) = audit(bundle, mini, ("condition",))
     assert found.gate.verdict == NOT_RUN and all(output.verdict == PASSED for output in found.gate.outputs)
