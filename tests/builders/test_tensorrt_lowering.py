@@ -1,6 +1,7 @@
 """What replaces operators that TensorRT's parser lacks gives the same numbers in ONNX Runtime."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto as T
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from builders.component import ExportOptions
+from builders.export import save
 from builders.functions import add_bodies
 from builders.precision import Floats
-from builders.tensorrt_api import lacking, release_of
+from builders.tensorrt import Settings, compile_plan
+from builders.tensorrt_api import RTX, lacking, release_of
 from builders.tensorrt_graph import adapt
 from builders.tensorrt_lowering import lower_operators, lower_unfused_attention
+from builders.tensorrt_profiles import Phase
 from ming_trt.errors import BuildError
 
 OLD = lacking((10, 14))
@@ -157,6 +161,52 @@ def test_bodies_of_our_operators_are_lowered_too() -> None:
     assert "RotaryEmbedding" not in {node.op_type for function in result.functions for node in function.node}
     for got, value in zip(run(result, feeds), expected, strict=True):
         np.testing.assert_allclose(got, value, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rtx_builds_what_is_lowered(tmp_path: Path) -> None:
+    """All of them in one graph of float16 with sizes that change, as a decoder has them; no operator is left that the
+    parser of 10.14 lacks."""
+    pytest.importorskip("tensorrt_rtx_libs", reason="TensorRT-RTX is not installed: pip install 'ming-trt[rtx]'")
+    heads, width, capacity = 4, 64, 128
+    value = helper.make_tensor_value_info
+    inputs = [
+        value("x", T.FLOAT16, ["B", heads, "S", width]),
+        value("position_ids", T.INT64, [3, "B", "S"]),
+        value("cache", T.FLOAT16, ["B", heads, capacity, width]),
+        value("write_index", T.INT64, ["B"]),
+        value("mask", T.BOOL, ["B", 1, "S", capacity]),
+    ]
+    nodes = [
+        helper.make_node("RMSNormalization", ["x", "weight"], ["normed"], name="/norm", axis=-1, epsilon=1e-6),
+        helper.make_node(
+            "MRope", ["normed", "normed", "position_ids"], ["q", "k"], name="/rope", domain="ming", theta=1e4,
+            axes=[0, 1, 2, 0] * 8, plugin_namespace="ming",
+        ),
+        helper.make_node("TensorScatter", ["cache", "k", "write_index"], ["present"], name="/update", axis=-2),
+        helper.make_node("Attention", ["q", "present", "present", "mask"], ["y"], name="/attention"),
+    ]  # fmt: skip
+    outputs = [value("y", T.FLOAT16, ["B", heads, "S", width])]
+    outputs.append(value("present", T.FLOAT16, ["B", heads, capacity, width]))
+    weight = numpy_helper.from_array(np.ones(width, np.float16), "weight")
+    known = [value(name, T.FLOAT16, ["B", heads, "S", width]) for name in ("q", "k")]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [weight], value_info=known)
+    proto = ir.from_proto(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("ming", 1)])
+    )
+    add_bodies(proto, "fp16")
+    adapt(proto, ExportOptions("tensorrt", "fp16", Floats("fp16"), lowered=OLD))
+    save(proto, tmp_path)
+    described = {i.name: {"shape": [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]} for i in inputs}
+    phases = [
+        Phase("decode", {"B": (1, 2, 4), "S": (1, 1, 1)}),
+        Phase("prefill", {"B": (1, 1, 1), "S": (1, 16, capacity)}),
+    ]
+    built = compile_plan(tmp_path / "model.onnx", described, phases, tmp_path, Settings(RTX))
+    # the cache is copied by a scatter, the rest are elementwise layers; attention stays one, which 10.14 knows
+    native = {"KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION"} & set(built.layers)
+    assert not native and built.layers["SCATTER"] == 1 and built.layers["ATTENTION_INPUT"] == 1
+    assert sum(built.attention_kernels.values()) >= 1
 
 
 @pytest.mark.parametrize(
