@@ -3,8 +3,9 @@
     python benchmarks/suite.py [--minutes M] [--only NAME ...] [--fresh] [--tiny] [--out DIR]
 
 Writes `<out>/<host>.json` and `<out>/<host>.html`; what each script wrote lies in `<out>/<host>/`. A benchmark that
-fails or takes longer than it may is named with its last line and makes the exit code 1; the others still run. A suite
-that was killed goes on where it was, with the time that was left (`--fresh`: from the beginning).
+fails or takes longer than it may is named with its last line and makes the exit code 1; the others still run. If no time
+is left for one, its figures of an earlier run are taken and named so. A suite that was killed goes on where it was, with
+the time that was left (`--fresh`: from the beginning).
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def run(name: str, seconds: float, limit: float, options: argparse.Namespace) ->
     command = [sys.executable, str(HERE / f"{name}.py"), "--seconds", f"{seconds:g}", "--out", str(options.out)]
     command += ["--threads", str(options.threads), *share.options, *(["--tiny"] if options.tiny else [])]
     if limit <= 0:
-        return "no time was left for it"
+        return kept(name, options) or "no time was left for it"
     # torch counts threads when it starts; the scripts set their own number afterwards
     hidden = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -185,6 +186,16 @@ def run(name: str, seconds: float, limit: float, options: argparse.Namespace) ->
         said = (errors.strip() or out.strip()).splitlines()
         return f"exit code {process.returncode}: {said[-1] if said else 'it said nothing'}"
     result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def kept(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of an earlier run, which says in its note that it is one; None if there is none."""
+    file = options.out / host_id() / f"{name}.json"
+    if options.tiny or not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    result["note"] = f"figures of {result['created'][:16]}, since no time was left; {result['note']}"
     return result
 
 

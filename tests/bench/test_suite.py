@@ -81,6 +81,12 @@ def test_failures_are_named_and_the_others_still_run(
     assert merged["minutes"] < 0.5 and merged["seconds"]["slow"] >= 1.5
     none_left = suite.run_all(["good"], options(tmp_path, minutes=0.0))
     assert none_left["failures"] == {"good": "no time was left for it"}
+    (tmp_path / suite.host_id()).mkdir()
+    (tmp_path / suite.host_id() / "good.json").write_text(
+        json.dumps({**RESULT, "created": "2026-01-01T00:00:00+00:00"})
+    )
+    earlier = suite.run_all(["good"], options(tmp_path, minutes=0.0))
+    assert not earlier["failures"] and "figures of 2026-01-01T00:00, since no time" in earlier["results"][0]["note"]
 
 
 def test_a_killed_suite_goes_on_where_it_was(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
