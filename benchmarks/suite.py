@@ -1,11 +1,12 @@
 """Runs all benchmarks one after the other, each in a process of its own, and puts their results together.
 
-    python benchmarks/suite.py [--minutes M] [--only NAME ...] [--fresh] [--tiny] [--out DIR]
+    python benchmarks/suite.py [--minutes M] [--only NAME ...] [--fresh] [--collect] [--tiny] [--out DIR]
 
 Writes `<out>/<host>.json` and `<out>/<host>.html`; what each script wrote lies in `<out>/<host>/`. A benchmark that
-fails or takes longer than it may is named with its last line and makes the exit code 1; the others still run. If no time
-is left for one, its figures of an earlier run are taken and named so. A suite that was killed goes on where it was, with
-the time that was left (`--fresh`: from the beginning).
+fails or takes longer than it may is named with its last line and makes the exit code 1; the others still run. If no
+time is left for one, its figures of an earlier run are taken and named so. A suite that was killed goes on where it
+was, with the time that was left (`--fresh`: from the beginning). `--collect` measures nothing and puts together what
+the scripts wrote when they ran alone.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="threads of every candidate; 0 = one per core")
     parser.add_argument("--fresh", action="store_true", help="do not go on with a suite that was killed")
+    parser.add_argument("--collect", action="store_true", help="measure nothing: take the results that are there")
     parser.add_argument("--tiny", action="store_true", help="small widths: a check that the scripts run, no figures")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
@@ -162,7 +164,9 @@ def run(name: str, seconds: float, limit: float, options: argparse.Namespace) ->
     command = [sys.executable, str(HERE / f"{name}.py"), "--seconds", f"{seconds:g}", "--out", str(options.out)]
     command += ["--threads", str(options.threads), *share.options, *(["--tiny"] if options.tiny else [])]
     if limit <= 0:
-        return kept(name, options) or "no time was left for it"
+        return earlier(name, options, "since no time was left") or "no time was left for it"
+    if options.collect:
+        return earlier(name, options, "measured alone") or "it has not been measured"
     # torch counts threads when it starts; the scripts set their own number afterwards
     hidden = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -189,13 +193,13 @@ def run(name: str, seconds: float, limit: float, options: argparse.Namespace) ->
     return result
 
 
-def kept(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
+def earlier(name: str, options: argparse.Namespace, why: str) -> dict[str, Any] | None:
     """The result of an earlier run, which says in its note that it is one; None if there is none."""
     file = options.out / host_id() / f"{name}.json"
     if options.tiny or not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    result["note"] = f"figures of {result['created'][:16]}, since no time was left; {result['note']}"
+    result["note"] = f"figures of {result['created'][:16]}, {why}; {result['note']}"
     return result
 
 
@@ -216,7 +220,7 @@ def page(merged: Mapping[str, Any]) -> str:
     where = f"{about['processor']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB"
     parts = [
         f"<header><h1>Our engines against others</h1><p>{escape(merged['created'])} · {escape(where)} · "
-        f"{merged['minutes']:g} minutes in all. Every ratio is within one run: same threads, same weights, candidates "
+        f"{_length(merged)}. Every ratio is within one run: same threads, same weights, candidates "
         "in turns, medians.</p></header>",
         f'<div class="cards">{"".join(_card(row) for row in judged)}</div>',
         *(f'<p class="bad">{escape(name)}: {escape(why)}</p>' for name, why in merged["failures"].items()),
@@ -227,6 +231,10 @@ def page(merged: Mapping[str, Any]) -> str:
         parts.append(_section(result))
     parts.append(section("Conditions", pairs(_conditions(merged)), folded=True))
     return document("Benchmarks", "".join(parts))
+
+
+def _length(merged: Mapping[str, Any]) -> str:
+    return f"{merged['minutes']:g} minutes in all" if merged["minutes"] >= 0.1 else "put together from single runs"
 
 
 def ratio_plot(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -52,7 +52,7 @@ def scripts() -> Iterator[Any]:
 
 
 def options(out: Path, minutes: float = 15.0) -> argparse.Namespace:
-    return argparse.Namespace(out=out, minutes=minutes, threads=1, tiny=False, fresh=False)
+    return argparse.Namespace(out=out, minutes=minutes, threads=1, tiny=False, fresh=False, collect=False)
 
 
 def write_scripts(folder: Path, slow: str = "pass") -> None:
@@ -85,8 +85,14 @@ def test_failures_are_named_and_the_others_still_run(
     (tmp_path / suite.host_id() / "good.json").write_text(
         json.dumps({**RESULT, "created": "2026-01-01T00:00:00+00:00"})
     )
-    earlier = suite.run_all(["good"], options(tmp_path, minutes=0.0))
-    assert not earlier["failures"] and "figures of 2026-01-01T00:00, since no time" in earlier["results"][0]["note"]
+    old = suite.run_all(["good"], options(tmp_path, minutes=0.0))
+    assert not old["failures"] and "figures of 2026-01-01T00:00, since no time" in old["results"][0]["note"]
+    collecting = options(tmp_path)
+    collecting.collect = True
+    together = suite.run_all(["good", "bad"], collecting)
+    assert "measured alone" in together["results"][0]["note"]
+    assert together["failures"] == {"bad": "it has not been measured"}
+    assert "put together from single runs" in suite.page({**MERGED, **together})
 
 
 def test_a_killed_suite_goes_on_where_it_was(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +105,7 @@ def test_a_killed_suite_goes_on_where_it_was(scripts: Any, tmp_path: Path, monke
         f"suite.HERE = pathlib.Path({str(tmp_path)!r})\nsuite.show = lambda result: None\n"
         "suite.BENCHMARKS = {name: suite.Share(1.0, 60.0) for name in ('good', 'slow', 'bad')}\n"
         f"suite.run_all(['good', 'slow'], argparse.Namespace(out=pathlib.Path({str(tmp_path)!r}), minutes=15.0, "
-        "threads=1, tiny=False, fresh=False))"
+        "threads=1, tiny=False, fresh=False, collect=False))"
     )
     first = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
