@@ -199,6 +199,8 @@ def earlier(name: str, options: argparse.Namespace, why: str) -> dict[str, Any] 
     if options.tiny or not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if not all("target" in row for row in result["rows"]):
+        return None  # of an older form
     result["note"] = f"figures of {result['created'][:16]}, {why}; {result['note']}"
     return result
 
