@@ -9,7 +9,6 @@ For target tensorrt-llm the language model's steps are those of `builders/trtllm
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,25 +17,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders import registry, trtllm, trtllm_engine
-from builders.code import code_version, project_version, tool_versions
+from builders.code import code_version, tool_versions
 from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
+from builders.unchanged import (
+    COMPILED,
+    EXPORT_TOOLS,
+    RUN_TOOLS,
+    TENSORRT,
+    checkpoint_files,
+    fingerprint_of,
+    unchanged_since,
+)
 from builders.workspace import CACHE, Hook, Workspace
 from ming_trt import __version__
 from ming_trt.bundle import (
     ASSETS,
     FAILED,
-    MANIFEST,
     MISSING,
     NOT_RUN,
     PASSED,
-    Bundle,
     ComponentEntry,
     FileEntry,
     Manifest,
     StepEntry,
     sha256,
 )
-from ming_trt.errors import BuildError, BundleError
+from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
 
 if TYPE_CHECKING:
@@ -44,12 +50,7 @@ if TYPE_CHECKING:
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
 
-_EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
-_RUN_TOOLS = ("onnxruntime",)
 GATE = "gate:"
-TENSORRT = ("tensorrt", "tensorrt-rtx")
-# What these targets compile is not run by the build.
-COMPILED = (*TENSORRT, trtllm.TARGET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +108,10 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
     started = time.monotonic()
     check(options)
     # Options are good; now the checkpoint, still before the output folder is touched.
-    files = _checkpoint_files(options.checkpoint)
+    files = checkpoint_files(options.checkpoint)
     with Workspace(options.bundle, hook) as space:
-        fingerprint = _fingerprint(options, files)
-        unchanged = _unchanged(space, fingerprint)
+        fingerprint = fingerprint_of(options, files)
+        unchanged = unchanged_since(space, fingerprint)
         if unchanged is not None:
             return Report(options.bundle, unchanged[0], unchanged[1], time.monotonic() - started)
         for name, record in list(space.records.items()):
@@ -187,7 +188,7 @@ class _Plan:
             names = trtllm.others(()) if wanted else ()
         self.plain_names = names
         self.components |= {name: registry.component(name) for name in names}
-        self.versions = tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS))
+        self.versions = tool_versions((*EXPORT_TOOLS, *RUN_TOOLS))
 
     def selection(self) -> list[str] | None:
         """The steps to bring up to date, or None for all."""
@@ -272,7 +273,7 @@ class _Plan:
                 "weights": weights,
                 "options": [options.target, options.precision],
                 "code": code_version(module),
-                "tools": tool_versions(_EXPORT_TOOLS),
+                "tools": tool_versions(EXPORT_TOOLS),
                 **self._tensorrt_key(name),
             }
         )
@@ -281,7 +282,7 @@ class _Plan:
                 "thresholds": [thresholds.max_relative, thresholds.min_cosine, thresholds.min_sqnr_db],
                 "seed": SEED,
                 "code": [code_version(module), code_version("builders.verify")],
-                "tools": tool_versions((*_RUN_TOOLS, "torch")),
+                "tools": tool_versions((*RUN_TOOLS, "torch")),
                 "memory": self.options.max_host_memory,
                 **({"runs": not unavailable(self.plain.target)} if tensorrt else {}),
             }
@@ -406,57 +407,3 @@ class _Plan:
 
 def _never(_: Context) -> Mapping[str, Any]:
     raise AssertionError("a skipped step ran")
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    """Every file below the checkpoint, links followed. Raises `BuildError` if it is no folder."""
-    if not folder.is_dir():
-        raise BuildError(f"there is no checkpoint folder '{folder}': give the folder of the download")
-    # Folders that overlay others are made of links.
-    return sorted(Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
-
-
-def _fingerprint(options: Options, files: list[Path]) -> str:
-    """Stands for everything a build depends on, without opening a weight file: equal means that nothing changed."""
-    samples = sorted(p for p in options.calibration.rglob("*") if p.is_file()) if options.calibration else []
-    identities = []
-    for path in [*files, *samples]:
-        state = path.stat()
-        times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-        identities.append([str(path.absolute()), *times])
-    return digest(
-        {
-            "files": identities,
-            "preset": options.preset.as_dict(),
-            "only": options.only,
-            "memory": options.max_host_memory,
-            "calibration": str(options.calibration or ""),
-            "parallel": [options.tensor_parallel, options.expert_parallel],
-            "code": project_version(),
-            "tools": tool_versions((*_EXPORT_TOOLS, *_RUN_TOOLS, "tensorrt", "tensorrt_llm")),
-        }
-    )
-
-
-def _unchanged(space: Workspace, fingerprint: str) -> tuple[dict[str, Result], str] | None:
-    """Results and verdict of the last build, if its inputs were these and its files are all intact, else None."""
-    last = space.last_finished
-    try:
-        text = (space.folder / MANIFEST).read_text("utf-8")
-        manifest = Bundle.open(space.folder).manifest
-    except (OSError, UnicodeDecodeError, BundleError):
-        return None
-    if manifest.gate == NOT_RUN and manifest.target not in COMPILED:
-        # What did not fit then may fit now; a plan does not run here, then or now.
-        return None
-    if last is None or last.get("fingerprint") != fingerprint or last.get("manifest") != digest(text):
-        return None
-    if not all(space.intact(record) for record in space.records.values()):
-        return None
-    results = {}
-    for name, step in manifest.steps.items():
-        if step.outcome == Outcome.SKIPPED:
-            results[name] = Result(Outcome.SKIPPED, "", step.reason)
-        else:
-            results[name] = Result(Outcome.NOOP, step.key, record=space.records.get(name))
-    return results, manifest.gate

@@ -13,18 +13,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from builders import registry, trtllm_engine, trtllm_rope
+from builders import registry, trtllm_engine
 from builders.code import code_version, tool_versions
 from builders.steps import Context, Step, digest, peak_memory
 from builders.trtllm_layout import Layout, layout, parallel
 from ming_trt.config import LLMConfig
 from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
+from ming_trt.trtllm.rope_table import COMPONENT as ROPE
 
 if TYPE_CHECKING:
     from builders.calibration_samples import Source
+    from builders.trtllm_rope import RopeTableEngine
     from builders.trtllm_write import Moved
     from builders.workspace import Record
     from ming_trt.checkpoint import Checkpoint
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from ming_trt.models.weights import WeightSource
 
 NAME, CALIBRATION, ENGINE = "llm-checkpoint", "llm-calibration", trtllm_engine.NAME
-ROPE = trtllm_rope.NAME
 GATE = f"gate:{NAME}"
 # the engine of other targets, in whose place these stand
 _REPLACED = "llm"
@@ -62,11 +63,13 @@ class LLMCheckpoint:
 
 
 COMPONENT = LLMCheckpoint()
-Made = LLMCheckpoint | trtllm_rope.RopeTableEngine
+Made: TypeAlias = "LLMCheckpoint | RopeTableEngine"
 
 
 def components() -> dict[str, Any]:
     """What this target's steps give, by the step's name."""
+    from builders import trtllm_rope
+
     return {NAME: COMPONENT, ENGINE: COMPONENT, ROPE: trtllm_rope.ENGINE}
 
 
@@ -227,6 +230,8 @@ def steps(
 
     result.append(Step(GATE, gate_key, gate, (NAME,)))
     if engine:
+        from builders import trtllm_rope
+
         result += trtllm_rope.steps(beside(preset), llm, max_positions(preset, llm), cache)
         result += trtllm_engine.steps(preset, content, cache)
     return result

@@ -6,13 +6,13 @@ implement. `MingConfig.raw` is the whole file for everything else (talker, bookk
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ming_trt.errors import ConfigError
+from ming_trt.json_section import Section, read_json
 
 ROPE_3D = "3D"
 ROPE_VIDEO = "video_rope"
@@ -167,58 +167,6 @@ class MingConfig:
     folder: Path = field(compare=False, default=Path())
 
 
-_T = TypeVar("_T", int, float, bool)
-
-
-class Section:
-    """A JSON object with checked access; errors name the key as a path."""
-
-    def __init__(self, values: Any, name: str, file: Path) -> None:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"'{name}' in '{file}' is missing or not an object: use the checkpoint's own config.json")
-        self.values, self.name, self.file = values, name, file
-
-    def _get(self, key: str, kind: type[_T], default: _T | None) -> _T:
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                raise ConfigError(
-                    f"'{self.name}.{key}' is missing in '{self.file}': use the checkpoint's own config.json"
-                )
-            return default
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value!r}, expected a {kind.__name__}")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, int, default)
-        if value < 1:
-            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected at least 1")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, float, default)
-        if not value > 0:
-            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected more than 0")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return self._get(key, bool, default)
-
-    def refuse(self, key: str, supported: Any, default: Any = None) -> None:
-        """Raises unless the setting has the only value that is implemented (absent counts as `default`)."""
-        value = self.values.get(key)
-        if value is None:
-            value = supported if default is None else default
-        if value != supported:
-            raise ConfigError(
-                f"'{self.name}.{key}' is {value!r} in '{self.file}', but only {supported!r} is implemented: "
-                "use a checkpoint of Ming-lite-omni v1.5"
-            )
-
-
 def load_config(folder: Path) -> MingConfig:
     """Reads `folder/config.json`; `folder` is a checkpoint (or anything else that holds its configuration files).
 
@@ -237,18 +185,6 @@ def load_config(folder: Path) -> MingConfig:
         raw=root.values,
         folder=folder,
     )
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `ConfigError` if it is missing or is not JSON."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no {file.name} in '{file.parent}': give the folder of a Ming-lite-omni checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"'{file}' cannot be read as JSON ({error}): download it again") from None
 
 
 def _llm(section: Section) -> LLMConfig:

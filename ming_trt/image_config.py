@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ming_trt.checkpoint import Checkpoint
-from ming_trt.config import MingConfig, Section, read_json
+from ming_trt.config import MingConfig
 from ming_trt.errors import ConfigError
+from ming_trt.json_section import Section, read_json
 from ming_trt.processing.image_size import BUCKETS
 
 MLP_WIDTH = "mlp.fc1.weight"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ming_trt.checkpoint import TensorInfo
-from ming_trt.config import Section, read_json
 from ming_trt.errors import CheckpointError, ConfigError
+from ming_trt.json_section import Section, read_json
 from ming_trt.torch_file import state_dict
 
 FOLDER = "talker"

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from builders import build as build_module
-from builders import registry
+from builders import registry, unchanged
 from builders.build import Options, Report, build
 from ming_trt import presets
 from ming_trt.bundle import FAILED, NOT_RUN, PASSED, Bundle
@@ -85,7 +85,7 @@ def test_a_build_without_changes_needs_nothing_heavy(checkpoint: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from builders import registry
+from builders import registry, unchanged
 sys.path.insert(0, {str(here)!r})
 registry.COMPONENTS = {dict(registry.COMPONENTS)!r}
 from builders.build import Options, build
@@ -128,15 +128,21 @@ def test_threshold_rebuilds_gates_only(checkpoint: Path) -> None:
     assert built(build(options(checkpoint, preset=strict))) == {"gate:beta"}
 
 
+def change_tool(monkeypatch: pytest.MonkeyPatch, tool: str, version: str = "99") -> None:
+    """Makes the builder believe that another version of `tool` is installed."""
+    before = build_module.tool_versions
+    for module in (build_module, unchanged):
+        monkeypatch.setattr(
+            module, "tool_versions", lambda names: before(names) | ({tool: version} if tool in names else {})
+        )
+
+
 @pytest.mark.parametrize(("tool", "expected"), [("onnxruntime", {"gate:alpha", "gate:beta"}), ("onnx", set(STEPS[1:]))])
 def test_tool_version_rebuilds_its_users(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tool: str, expected: set[str]
 ) -> None:
     build(options(checkpoint))
-    before = build_module.tool_versions
-    monkeypatch.setattr(
-        build_module, "tool_versions", lambda names: before(names) | ({tool: "99"} if tool in names else {})
-    )
+    change_tool(monkeypatch, tool)
     assert built(build(options(checkpoint))) == expected
 
 
