@@ -15,7 +15,7 @@ import numpy as np
 from builders import registry, trtllm
 from builders.component import Component, Feeds
 from builders.verify import Array, ComponentReport, run_engine, sample, verify_component
-from ming_trt.bundle import FAILED, PASSED, Bundle
+from ming_trt.bundle import FAILED, NOT_RUN, PASSED, Bundle
 from ming_trt.errors import BundleError
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ def _audit(
     if name == trtllm.NAME:
         return _audit_checkpoint(bundle, config, checkpoint)
     component, entry = registry.component(name), bundle.component(name)
+    if entry.target == trtllm.TARGET:
+        why = f"it runs in TensorRT-LLM's executor only: what it was built from is compared as {trtllm.NAME}"
+        return Audit(name, ComponentReport(NOT_RUN, (), bundle.preset.thresholds(trtllm.NAME), why), (), (), "")
     reason = component.needs(config, checkpoint)
     if reason:
         raise BundleError(f"{name} cannot be compared, since {reason}: give the checkpoint the bundle was built from")

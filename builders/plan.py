@@ -31,6 +31,8 @@ _BUILD_BASE, _EXPORT_LEAVES = 430 * 2**20, 11 * 2**20
 _COPIES = 1.6
 # Exporting to TensorRT-LLM goes matrix by matrix; calibration and gate too, measured at the official widths.
 _RANKS_PEAK = 2**30
+# TensorRT-LLM's builder holds a rank's weights as read and as constants of the network. Read, not measured.
+_BUILDER_COPIES = 2
 # Seconds on one core of a server, measured with the mini checkpoint: an export, and a compilation of TensorRT-RTX.
 _EXPORT_SECONDS, _COMPILE_SECONDS = 12, 30
 _DISK_BYTES_PER_SECOND = 200e6
@@ -106,7 +108,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _check_selection(preset: Preset, only: tuple[str, ...], gpus: int, experts: int) -> None:
     if preset.target == trtllm.TARGET:
-        only = tuple(name for name in only if name != trtllm.NAME)
+        only = trtllm.others(only) if only else ()
     elif max(gpus, experts) > 1:
         raise BuildError(f"--tp {gpus} --ep {experts} need target tensorrt-llm, not {preset.target}: leave them out")
     registry.check_names(only)
@@ -123,27 +125,28 @@ def _plan(
     config, checkpoint = load_config(folder), HeaderCheckpoint(folder)
     names = list(registry.COMPONENTS)
     if preset.target == trtllm.TARGET:
-        # it takes the place of the engine `llm`
-        names[names.index("llm") : names.index("llm") + 1] = [trtllm.NAME]
+        # it takes the place of the engine `llm`, and is built last
+        names = [*trtllm.others(()), trtllm.NAME]
     shapes: Shapes = {}
-    engines = [engine_plan(name, config, checkpoint, preset, only, parallel, shapes) for name in names]
+    selected = (*only, trtllm.NAME) if trtllm.ENGINE in only else only
+    engines = [engine_plan(name, config, checkpoint, preset, selected, parallel, shapes) for name in names]
     made = [engine for engine in engines if not engine.reason]
     if not made:
         raise BuildError(
             f"'{label}' holds no component that can be built ({engines[0].reason}): give a whole checkpoint"
         )
-    here = [engine for engine in made if engine.built]
     needs = Needs.of(made, config, preset, parallel)
     # what a GPU has cannot be seen here, unless the preset says it
     limit = memory_limit or preset.device_memory or (available_memory() if preset.target == "onnxruntime" else 0)
-    build_peak, gate_peak = _peaks(here, preset)
-    weights = sum(engine.weight_bytes for engine in here)
+    built = _engine_of_ranks(made, preset, only)
+    build_peak, gate_peak = _peaks(made, built, preset)
+    weights = sum(engine.weight_bytes for engine in made)
     return Plan(
         checkpoint=label,
         preset=preset.name,
         target=preset.target,
-        steps=("assets", *(step for engine in here for step in _steps(engine))),
-        engines=tuple(engines),
+        steps=("assets", *(step for engine in (*made, *built) for step in _steps(engine))),
+        engines=(*engines, *built),
         parameters=sum(engine.parameters for engine in made),
         source_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         weight_bytes=weights,
@@ -155,11 +158,11 @@ def _plan(
         run_bytes=needs.total,
         build_peak_bytes=build_peak,
         gate_peak_bytes=gate_peak,
-        disk_bytes=weights,
+        disk_bytes=weights + sum(engine.weight_bytes for engine in built),
         memory_limit=limit,
-        seconds=_seconds(here, preset),
+        seconds=_seconds(made, preset),
         problem=plan_serving.problem(needs, made, limit, preset, config, parallel, shapes),
-        notes=(*_notes(engines, preset, limit), *_gaps(checkpoint)),
+        notes=(*_notes(preset, limit), *_gaps(checkpoint)),
     )
 
 
@@ -168,24 +171,33 @@ def _steps(engine: EnginePlan) -> tuple[str, ...]:
     return (*before, engine.name, f"gate:{engine.name}")
 
 
-def _peaks(engines: list[EnginePlan], preset: Preset) -> tuple[int, int]:
-    """Peak of host memory of the build's steps, and of its gates."""
+def _engine_of_ranks(engines: list[EnginePlan], preset: Preset, only: tuple[str, ...]) -> tuple[EnginePlan, ...]:
+    """TensorRT-LLM's engine, which has the weights of the checkpoint; nothing if it is not built."""
+    if preset.target != trtllm.TARGET or not trtllm.with_engine(only):
+        return ()
+    found = (engine for engine in engines if engine.name == trtllm.NAME)
+    return tuple(replace(engine, name=trtllm.ENGINE, inputs={}, profiles=(), parameters=0) for engine in found)
+
+
+def _peaks(engines: list[EnginePlan], built: tuple[EnginePlan, ...], preset: Preset) -> tuple[int, int]:
+    """Peak of host memory of the build's steps, and of its gates; `built` are the engines of TensorRT-LLM."""
+    exported = [engine for engine in engines if engine.name != trtllm.NAME]
+    base = _BUILD_BASE + _EXPORT_LEAVES * len(exported)
+    peaks = [base + int(_COPIES * engine.largest_tensor_bytes) for engine in exported]
     if preset.target == trtllm.TARGET:
-        return _RANKS_PEAK, _RANKS_PEAK
-    base = _BUILD_BASE + _EXPORT_LEAVES * len(engines)
-    export = int(_COPIES * max(engine.largest_tensor_bytes for engine in engines))
+        peaks += [_RANKS_PEAK, *(_BUILDER_COPIES * engine.weight_bytes_per_gpu for engine in built)]
+        return max(peaks), _RANKS_PEAK
     # the definition is there while the engine runs, on inputs that are small beside the weights
     compare = max(engine.reference_bytes + engine.weight_bytes for engine in engines)
-    return base + export, base + (compare if preset.target == "onnxruntime" else 0)
+    return max(peaks), base + (compare if preset.target == "onnxruntime" else 0)
 
 
 def _seconds(engines: list[EnginePlan], preset: Preset) -> float:
     """Exports and compilations one after the other; weights are read, written and digested."""
-    each = 0 if preset.target == trtllm.TARGET else _EXPORT_SECONDS
-    if preset.target in ("tensorrt", "tensorrt-rtx"):
-        each += _COMPILE_SECONDS
+    each = _EXPORT_SECONDS + (_COMPILE_SECONDS if preset.target != "onnxruntime" else 0)
+    exported = sum(engine.name != trtllm.NAME for engine in engines)
     moved = sum(4 * engine.parameters + 2 * engine.weight_bytes for engine in engines)
-    return round(each * len(engines) + moved / _DISK_BYTES_PER_SECOND, 1)
+    return round(each * exported + moved / _DISK_BYTES_PER_SECOND, 1)
 
 
 def _gaps(checkpoint: HeaderCheckpoint) -> tuple[str, ...]:
@@ -197,16 +209,10 @@ def _gaps(checkpoint: HeaderCheckpoint) -> tuple[str, ...]:
     return ()
 
 
-def _notes(engines: list[EnginePlan], preset: Preset, limit: int) -> tuple[str, ...]:
+def _notes(preset: Preset, limit: int) -> tuple[str, ...]:
     found = []
     if not limit:
         found.append(f"preset {preset.name} does not state device_memory: the sum was compared with nothing")
-    aside = [engine.name for engine in engines if not engine.reason and not engine.built]
-    if aside:
-        found.append(
-            f"preset {preset.name} builds {trtllm.NAME}; counted on the GPU beside it are {', '.join(aside)}, "
-            "which the same preset builds with --target tensorrt"
-        )
     if preset.target == trtllm.TARGET:
         found.append("time is without calibration and without the engine's build on the GPU machine: not measured")
     elif preset.target == "tensorrt":

@@ -44,15 +44,13 @@ class ProfilePlan:
 class EnginePlan:
     """One engine, or the `reason` why there is none. Sizes in bytes, of the fullest GPU where there are several.
 
-    `built`: by this preset; others are counted since they are served beside. `inputs` maps names to type and shape
-    (caches once), with a symbol for every dynamic size. `reference_bytes` is what the torch definition holds at least
-    while the gate compares with it; `cache_bytes` what the engine carries from call to call, for every
-    slot of a decoder, for one utterance in the flow.
+    `inputs` maps names to type and shape (caches once), with a symbol for every dynamic size. `reference_bytes` is what
+    the torch definition holds at least while the gate compares with it; `cache_bytes` what the engine carries from call
+    to call, for every slot of a decoder, for one utterance in the flow.
     """
 
     name: str
     precision: str = ""
-    built: bool = True
     parameters: int = 0
     weight_bytes: int = 0
     weight_bytes_per_gpu: int = 0
@@ -112,7 +110,6 @@ def engine_plan(
     return EnginePlan(
         name,
         preset.precision_of(name),
-        export or preset.target != trtllm.TARGET,
         sum(math.prod(shape) for shape in own.values()),
         weights,
         per_gpu,

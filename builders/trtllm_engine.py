@@ -66,7 +66,9 @@ def steps(preset: Preset, config: Mapping[str, Any], cache: Path) -> list[Step]:
         return ComponentReport(NOT_RUN, (), preset.thresholds(_CHECKPOINT), reason).as_dict()
 
     gate_key = digest([preset.thresholds(_CHECKPOINT).min_cosine])
-    return [Step(NAME, key, run, (_CHECKPOINT,), output=NAME), Step(GATE, gate_key, gate, (NAME,))]
+    # after the checkpoint's gate: an engine takes minutes of a GPU
+    needs = (_CHECKPOINT, f"gate:{_CHECKPOINT}")
+    return [Step(NAME, key, run, needs, output=NAME), Step(GATE, gate_key, gate, (NAME,))]
 
 
 def _stamp(ranks: int) -> EngineStamp | None:

@@ -71,8 +71,7 @@ def _show(made: Plan) -> None:
             table.add_row(engine.name, "", "", "", "", "", f"skipped: {engine.reason}")
         else:
             sizes = (engine.weight_bytes, engine.activation_bytes, engine.largest_tensor_bytes)
-            remark = "" if engine.built else "built with --target tensorrt"
-            table.add_row(engine.name, engine.precision, f"{engine.parameters:,}", *map(gib, sizes), remark)
+            table.add_row(engine.name, engine.precision, f"{engine.parameters:,}", *map(gib, sizes), "")
     out.print(table)
     _show_shapes(out, made)
     place = {1: "GPU" if made.target != "onnxruntime" else "machine"}.get(made.gpus, f"fullest of {made.gpus} GPUs")

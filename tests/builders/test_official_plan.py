@@ -60,9 +60,13 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_gpu_preset_lists_the_checkpoint_and_what_is_served_beside_it(whole: Plan) -> None:
-    assert whole.steps == ("assets", "llm-calibration", "llm-checkpoint", "gate:llm-checkpoint")
+    last = ("llm-calibration", "llm-checkpoint", "gate:llm-checkpoint", "llm-engine", "gate:llm-engine")
+    assert whole.steps[0] == "assets" and whole.steps[-5:] == last and "gate:dit" in whole.steps
     engines = {engine.name: engine for engine in whole.engines}
-    assert "llm" not in engines and engines["llm-checkpoint"].built and not engines["dit"].built
+    assert "llm" not in engines
+    assert engines["llm-engine"].weight_bytes == engines["llm-checkpoint"].weight_bytes
+    assert whole.disk_bytes == whole.weight_bytes + engines["llm-engine"].weight_bytes
+    assert whole.build_peak_bytes == 2 * engines["llm-engine"].weight_bytes
     assert not any(engine.reason for engine in engines.values())
     # FP8 but for routers (float32), embedding, head and norms (bf16), and scales
     plain = 2 * 126464 * 2048
