@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,58 +223,6 @@ def test_ranks_hold_everything(ranks: int, expert: int, kv: int, layers: int, ti
         for rank in range(ranks):
             shape = module.shape(rank)
             assert shape[0] == (-(-101 // ranks) if module.name == "lm_head" else shape[0])
-
-
-WRITE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.builders.trtllm_help import export
-export(Path({source!r}), Path({out!r}), "fp8", 2, 2, {scales!r})
-"""
-
-
-def test_killed_at_random_points_the_files_are_the_same(tmp_path: Path, ranges: dict[str, float]) -> None:
-    """A process is killed at ten random changes on disk; what finally comes out is what one run gives."""
-    export(GOLDEN, tmp_path / "whole", "fp8", 2, 2, ranges)
-    root, out = str(Path(__file__).parents[2]), tmp_path / "killed"
-    script = WRITE.format(root=root, source=str(GOLDEN), out=str(out), scales=ranges)
-    # starts the interpreter and imports once, then one fork per attempt, so that kills hit the writing
-    loader = f"import os, random, signal\nSCRIPT = {script!r}\n" + FORKS
-    done = subprocess.run([sys.executable, "-c", loader], timeout=120, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    # what is finished stays finished, so the last attempts may find too little left to die in
-    assert int(done.stdout.split()[-1]) >= 6
-    for rank in range(2):
-        name = f"rank{rank}.safetensors"
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-FORKS = """
-from builders.trtllm_file import TensorFiles
-import builders.trtllm_write, builders.trtllm, tests.builders.trtllm_help
-random.seed(7)
-killed = 0
-for attempt in range(10):
-    child = os.fork()
-    if child == 0:
-        # dies in the middle of its n-th change on disk, a tensor's part or the note of a finished module
-        left = random.Random(attempt).randint(1, 60)
-        for name in ("write", "finish"):
-            def deadly(*args, plain=getattr(TensorFiles, name)):
-                global left
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return plain(*args)
-            setattr(TensorFiles, name, deadly)
-        exec(SCRIPT)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    killed += os.WIFSIGNALED(status)
-exec(SCRIPT)
-print(killed)
-"""
 
 
 def test_torn_journal_and_another_key(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def _value(name: str) -> Any:
             assert set(given) <= set(EXECUTOR[name].parameters), name
             vars(self).update(given)
 
+    for member in EXECUTOR[name].members:
+        setattr(Value, member, member)
     return Value
 
 
@@ -60,7 +62,7 @@ class Script:
         self.tokens, self.hold, self.fault = tokens, hold, fault
         self.requests: dict[int, Any] = {}
         self.cancelled: list[int] = []
-        self.down = False
+        self.down = self.refuses = False
         self._places: dict[int, int] = {}
         self.outputs: list[Any] = []
 
@@ -71,6 +73,8 @@ class Script:
         return number
 
     def cancel_request(self, number: int) -> None:
+        if self.refuses:
+            raise RuntimeError("dead")
         self.cancelled.append(number)
 
     def shutdown(self) -> None:
@@ -221,9 +225,10 @@ def test_executor_errors_end_requests_and_not_the_service(running: Any) -> None:
     script, llm = running([65, EOS], fault="no room")
     with pytest.raises(EngineError, match="refused the request: no room"):
         llm.submit(text()).result()
-    script.fault = "raise"
+    script.fault, script.refuses = "raise", True
     with pytest.raises(EngineError, match=r"failed \(RuntimeError: out of memory\)"):
         llm.submit(text()).result()
+    script.refuses = False
     assert llm.submit(text()).result()[0] == [65]
 
 
