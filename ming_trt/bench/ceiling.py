@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from ming_trt.bench.hops import ENCODERS
 from ming_trt.bench.load import Load
 from ming_trt.bench.machine import Ceiling
 from ming_trt.bench.media import Medium
+from ming_trt.bench.samples import Sample
 from ming_trt.bundle import ASSETS, MANIFEST, Bundle
 from ming_trt.config import MingConfig, load_config
 from ming_trt.errors import MingError
@@ -77,27 +79,30 @@ def shares(
     ceiling: Ceiling,
     load: Load,
     metrics: Mapping[str, Mapping[str, Any]],
-    prompt: float,
-    answer: float,
+    samples: Sequence[Sample],
     encoder: tuple[str, Cost] | None = None,
     encoder_ms: float = 0.0,
 ) -> dict[str, Any]:
     """MBU of decoding, MFU of the prefill and of the encoder, with the times that the ceiling allows (ms).
 
-    `prompt` and `answer`: mean tokens. Under load decoding steps are shared: as many sequences as the load has at
-    once are assumed in each, none is known for a rate. `encoder`: the one that the scenario's file goes through, with
-    what it must do; `encoder_ms`: the mean time it took. The others are medians.
+    `samples`: requests that succeeded; a step of decoding took what the language model's own clock says. Under load
+    steps are shared: as many sequences as the load has at once are assumed in each, none is known for a rate. `encoder`:
+    the one that the scenario's file goes through, with what it must do; `encoder_ms`: the mean time it took.
     """
     found: dict[str, Any] = {"precision": model.precision}
-    itl, prefill = metrics.get("itl"), metrics.get("prompt_tokens_per_s")
-    if itl and load.kind == "concurrency":
+    prefill = metrics.get("prompt_tokens_per_s")
+    prompt = fmean(sample.prompt_tokens for sample in samples)
+    answer = fmean(sample.completion_tokens for sample in samples)
+    decoded = [sample for sample in samples if sample.completion_tokens > 1 and sample.engine.get("decode", 0.0) > 0]
+    if decoded and load.kind == "concurrency":
+        took = median(sample.engine["decode"] / (sample.completion_tokens - 1) for sample in decoded)
         step = llm_step(model.config.llm, 1, int(prompt + answer / 2), int(load.value))
         size = step.bytes(model.precision)
         found["decode"] = {
             "bytes": size,
             "flops": step.flops,
             "least_ms": 1000 * step.seconds(model.precision, ceiling.read_bytes_per_s, ceiling.float32_flops_per_s),
-            "mbu": size / (itl["p50"]["value"] / 1000) / ceiling.read_bytes_per_s,
+            "mbu": size / took / ceiling.read_bytes_per_s,
         }
     if prefill:
         cost = llm_step(model.config.llm, max(1, int(prompt)))

@@ -175,8 +175,7 @@ class _Scenario:
             "samples": [sample.as_dict() for sample in samples],
         }
         if model and ceiling and good:
-            tokens = (point["prompt_tokens"], point["completion_tokens"])
-            point["ceiling"] = shares(model, ceiling, load, metrics, *tokens, *self._encoder(model, counts))
+            point["ceiling"] = shares(model, ceiling, load, metrics, good, *self._encoder(model, counts))
         self._progress(_line(self._scenario.name, load, point))
         return point
 

@@ -230,7 +230,11 @@ def test_encoders_have_a_ceiling() -> None:
     name, seen = model.encoder_cost("image", media["image"]) or ("", None)
     assert name == "vision_encoder" and seen is not None and seen.flops > 1e6
     assert model.encoder_cost("image", media["audio"]) is None
-    found = shares(model, Ceiling(2, 1e10, 1e11), Load("rate", 1), {}, 10, 4, (name, seen), 2.0)
+    answer = Sample(0, prompt_tokens=10, completion_tokens=5, engine={"decode": 0.4})
+    found = shares(model, Ceiling(2, 1e10, 1e11), Load("rate", 1), {}, [answer], (name, seen), 2.0)
     assert found["vision_encoder"]["mfu"] == pytest.approx(seen.flops / 0.002 / 1e11)
     assert found["vision_encoder"]["precision"] == "fp32" and found["precision"] == "int8"
-    assert "decode" not in found
+    assert "decode" not in found, "how many share a step is not known for a rate"
+    decode = shares(model, Ceiling(2, 1e10, 1e11), Load("concurrency", 1), {}, [answer])["decode"]
+    # 0.4 s for the four tokens after the first
+    assert decode["mbu"] == pytest.approx(decode["bytes"] / 0.1 / 1e10)
