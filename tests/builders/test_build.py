@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from builders import build as build_module
@@ -324,3 +328,82 @@ def test_kill_at_every_change_of_a_build(checkpoint: Path) -> None:
         _killed(chosen, death)
         _killed(chosen, 0)
         assert contents(chosen.bundle) == expected, f"killed at point {death}"
+
+
+class Edit:
+    """One change to what a build depends on, and the steps that it must make again."""
+
+    TENSORS = ("alpha.first.weight", "alpha.second.bias", "beta.first.bias", "beta.second.weight")
+
+    def __init__(self, kind: str, which: int, amount: int) -> None:
+        self.kind, self.which, self.amount = kind, which, amount
+
+    def __repr__(self) -> str:
+        return f"{self.kind} {self.which} by {self.amount}"
+
+    def apply(self, state: dict[str, Any]) -> None:
+        """Changes `state`: `tensors`, `assets` and `thresholds` by name, `tools` by name."""
+        names = {
+            "tensor": self.TENSORS,
+            "asset": ("tokenizer.json", "generation_config.json"),
+            "threshold": ("alpha", "beta"),
+            "tool": ("onnxruntime", "onnx", "torch"),
+        }[self.kind]
+        state[self.kind][names[self.which % len(names)]] = self.amount
+
+
+def dependants(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The steps that depend on something that differs."""
+    steps: set[str] = set()
+    for kind in after:
+        for name in {*before[kind], *after[kind]}:
+            unchanged_value = 0 if kind == "tensor" else None
+            if before[kind].get(name, unchanged_value) == after[kind].get(name, unchanged_value):
+                continue
+            if kind == "tensor":
+                engine = name.split(".")[0]
+                steps |= {engine, f"gate:{engine}"}
+            elif kind == "asset":
+                steps.add("assets")
+            elif kind == "threshold":
+                steps.add(f"gate:{name}")
+            else:
+                # what an export is made with changes the gates that need it as well
+                steps |= {"gate:alpha", "gate:beta"} | ({"alpha", "beta"} if name != "onnxruntime" else set())
+    return steps
+
+
+edits = st.builds(Edit, st.sampled_from(["tensor", "asset", "threshold", "tool"]), st.integers(0, 3), st.integers(0, 2))
+
+
+@given(st.lists(st.lists(edits, min_size=1, max_size=3), min_size=1, max_size=3))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_edits_rebuild_exactly_what_depends_on_them(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, changes: list[list[Edit]]
+) -> None:
+    """Tensors, files, options and tool versions; also changes that are taken back before the next build."""
+    folder = tmp_path_factory.mktemp("edits")
+    original = load_file(checkpoint / "model.safetensors")
+    state: dict[str, Any] = {"tensor": {}, "asset": {}, "threshold": {}, "tool": {}}
+    built_of: dict[str, Any] | None = None
+    for group in [[], *changes]:
+        for edit in group:
+            edit.apply(state)
+        source = folder / "checkpoint"
+        shutil.copytree(checkpoint, source, dirs_exist_ok=True)
+        tensors = {name: value + np.float32(state["tensor"].get(name, 0)) for name, value in original.items()}
+        save_file(tensors, source / "model.safetensors")
+        for name, amount in state["asset"].items():
+            (source / name).write_text(f'{{"version": {amount}}}')
+        gate = {n: presets.Thresholds(1e-3, 0.9, 50 + amount) for n, amount in state["threshold"].items()}
+        preset = replace(presets.load("cpu-fp32"), gate=gate)
+        with pytest.MonkeyPatch.context() as patch:
+            for tool, version in state["tool"].items():
+                change_tool(patch, tool, str(version))
+            report = build(Options(source, folder / "bundle", preset))
+            expected = set(STEPS) if built_of is None else dependants(built_of, state)
+            assert built(report) == expected
+            fresh = build(Options(source, folder / "fresh", preset))
+        assert contents(folder / "bundle") == contents(fresh.bundle)
+        shutil.rmtree(fresh.bundle)
+        built_of = copy.deepcopy(state)
