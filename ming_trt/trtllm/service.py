@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from time import perf_counter
@@ -139,6 +140,7 @@ class ExecutorLLM(Front):
                 log.exception("the LLM's executor failed")
                 fault = EngineError(f"the LLM's executor failed ({type(error).__name__}: {error}): restart the server")
                 self._end_all(fault)
+                time.sleep(_WAIT.total_seconds())
         self._end_all(CancelledError("the request has ended: the server is shutting down"))
 
     def _pass_cancellations(self) -> None:
@@ -209,9 +211,13 @@ class ExecutorLLM(Front):
     def _end_all(self, error: MingError) -> None:
         with self._wake:
             entries, self._entries = dict(self._entries), {}
-        for number, entry in entries.items():
+        for entry in entries.values():
             self._fail(entry.sequence, error)
-            self._cancel(number, entry)
+        for number, entry in entries.items():
+            try:
+                self._cancel(number, entry)
+            except Exception:  # a broken executor refuses this too, and clients know by now
+                log.exception("the LLM's executor did not take a cancellation")
 
 
 def sampling_config(api: Any, sampling: Sampling, media: bool) -> Any:
