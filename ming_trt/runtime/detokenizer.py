@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 
 from ming_trt.errors import InputError
 from ming_trt.processing.voice import Voice
-from ming_trt.runtime.engine import Arrays, Engine
+from ming_trt.runtime.engine import Arrays, Engine, OwnMemory, zeros
 from ming_trt.runtime.flow_match import initial_noise
 
 Floats = npt.NDArray[np.float32]
@@ -24,38 +26,56 @@ STEPS = 10
 """Euler steps of the flow."""
 MAX_FRAMES = 15000
 """Frames of the flow's fixed noise: the longest prompt and utterance together (300 s)."""
+MAX_KEPT = 2
+"""Caches that are kept for utterances to come, where they are in a GPU's memory."""
 
 
 class PartCaches:
     """What parts of an utterance leave for the next in an engine that runs part by part (`past_*`, `present_*`).
 
-    `rows` is the batch; keys and values hold `capacity` frames and are written in place. With `keep` false nothing else
-    is left, so that any number of parts without a part before them may share one.
+    `rows` is the batch; keys and values hold `capacity` frames (or as many as the engine has once and for all) and are
+    written in place. With `keep` false nothing else is left, so that any number of parts without a part before them may
+    share one. Raises `InputError` for more than the engine has.
     """
 
     def __init__(self, engine: Engine, rows: int, capacity: int, keep: bool = True) -> None:
-        self.capacity = capacity
+        past = {name: spec for name, spec in engine.inputs.items() if name.startswith("past_")}
+        self._in_place = {name for name in past if name.startswith(("past_key_", "past_value_"))}
+        fixed = {size for name in self._in_place if isinstance(size := past[name].shape[2], int)}
+        self._fixed = min(fixed, default=None)
+        self._check(capacity)
+        self.capacity = self._fixed or capacity
         self._keep = keep
+        # Where arrays stay in the engine's memory so does what is not written in place: its results go over it.
+        self._stays = isinstance(engine, OwnMemory)
+        self._zeros = partial(zeros, engine)
         self._arrays: Arrays = {}
-        self._in_place: set[str] = set()
-        for name, spec in engine.inputs.items():
-            if not name.startswith("past_"):
-                continue
-            _, *sizes = spec.shape
-            if not all(isinstance(size, int) for size in sizes):
-                self._in_place.add(name)
-            shape = [size if isinstance(size, int) else capacity for size in sizes]
-            self._arrays[name] = np.zeros((rows, *shape), spec.dtype)
+        for name, spec in past.items():
+            shape = [size if isinstance(size, int) else self.capacity for size in spec.shape[1:]]
+            self._arrays[name] = self._zeros((rows, *shape), spec.dtype)
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` frames."""
         if capacity <= self.capacity:
             return
+        self._check(capacity)
         for name in self._in_place:
             old = self._arrays[name]
-            self._arrays[name] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            self._arrays[name] = self._zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
             self._arrays[name][:, :, : self.capacity] = old
         self.capacity = capacity
+
+    def restart(self) -> None:
+        """As new, for another utterance. What keys and values hold is behind the mask until it is written over."""
+        for name in self._arrays.keys() - self._in_place:
+            self._arrays[name][...] = 0
+
+    def _check(self, capacity: int) -> None:
+        if self._fixed is not None and capacity > self._fixed:
+            raise InputError(
+                f"{capacity} codes with those of the voice, and the speech engines were built for {self._fixed}: split "
+                "the text, or take a shorter clip of the voice"
+            )
 
     def run(self, engine: Engine, feeds: Arrays, outputs: tuple[str, ...]) -> Arrays:
         """One run of `engine` on the next part."""
@@ -63,6 +83,9 @@ class PartCaches:
         short = [
             name.replace("past_", "present_", 1) for name in self._arrays if self._keep and name not in self._in_place
         ]
+        if self._stays:
+            into |= {name: self._arrays[name.replace("present_", "past_", 1)] for name in short}
+            short = []
         out = engine.run({**feeds, **self._arrays}, outputs=(*outputs, *short), into=into)
         for name in short:
             self._arrays[name.replace("present_", "past_", 1)] = out[name]
@@ -80,6 +103,16 @@ class FlowState:
         self.encoder = PartCaches(encoder, 1, capacity)
         sets = [PartCaches(estimator, 2, capacity, keep=parts) for _ in range(STEPS if parts else 1)]
         self.steps = sets if parts else sets * STEPS
+
+    @classmethod
+    def again(cls, caches: Sequence[PartCaches]) -> FlowState:
+        """A state for another utterance in the caches of one that is over: the encoder's, then one for each step."""
+        state = cls.__new__(cls)
+        state.length = 0
+        state.encoder, *state.steps = caches
+        for each in caches:
+            each.restart()
+        return state
 
     @property
     def capacity(self) -> int:
@@ -113,6 +146,8 @@ class Detokenizer:
     def __init__(self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]]) -> None:
         self._encoder, self._estimator, self._pitch, self._vocoder = (engines[name] for name in self.ENGINES)
         self._lock = threading.Lock()
+        # caches of utterances that are over, the latest MAX_KEPT; by whether they were done in parts
+        self._kept = {parts: deque[tuple[PartCaches, ...]](maxlen=MAX_KEPT) for parts in (False, True)}
         self.look_ahead = int(facts["flow_encoder"]["look_ahead"])
         self.vocabulary = int(facts["flow_encoder"]["vocabulary"])
         self.chunk = int(facts["flow_estimator"]["chunk"])
@@ -131,8 +166,19 @@ class Detokenizer:
         return noise
 
     def state(self, capacity: int, parts: bool) -> FlowState:
-        """An utterance of which nothing is done yet; `capacity` frames may grow only if it is done in `parts`."""
-        return FlowState(self._encoder, self._estimator, capacity, parts)
+        """An utterance of which nothing is done yet; `capacity` frames may grow only if it is done in `parts`.
+
+        Where caches stay in the engine's memory they are used again: captured runs belong to their addresses.
+        """
+        kept = self._kept[parts]
+        with self._lock:
+            if kept and kept[-1][0].capacity >= capacity:
+                state = FlowState.again(kept.pop())
+            else:
+                state = FlowState(self._encoder, self._estimator, capacity, parts)
+        if isinstance(self._estimator, OwnMemory):
+            finalize(state, kept.append, (state.encoder, *state.steps)).atexit = False
+        return state
 
     def mask(self, state: FlowState, length: int, chunked: bool) -> npt.NDArray[np.bool_]:
         """Who of the next `length` frames sees whom, [1, 1, length, capacity]: everybody what is before the end of the

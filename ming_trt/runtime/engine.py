@@ -75,7 +75,8 @@ class OwnMemory(Protocol):
     """What an engine offers besides if it computes in a memory that is not numpy's: arrays that stay there.
 
     They are fed to this engine, and named in its `into`, in the place of numpy's arrays, and cost no transfer. Nothing
-    else takes them, and only what `DeviceArray` offers can be done with them.
+    else takes them, and only what `DeviceArray` offers can be done with them. Making and changing them is the engine's
+    work: not while another thread runs it.
     """
 
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...

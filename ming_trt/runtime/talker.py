@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ming_trt.errors import CancelledError, EngineError
 from ming_trt.processing.s3_bpe import S3Bpe
 from ming_trt.processing.talker_prompt import TalkerPrompt, TalkerTokens
-from ming_trt.runtime.engine import Array, Arrays, Engine
+from ming_trt.runtime.engine import Array, Arrays, Engine, OwnMemory, zeros
 from ming_trt.runtime.kv_cache import KVCache
 
 TOP_K = 20
 MIN_STEPS = 10
 """Steps before which the talker may not end."""
 MAX_STEPS = 1000
+MAX_KEPT = 2
+"""Caches that are kept for generations to come, where they are in a GPU's memory."""
 _LEAST = np.finfo(np.float32).tiny
 SILENCE = (0, 0, 0)
 """Codes that are spoken where the talker ends before it said anything."""
@@ -68,6 +72,7 @@ class Talker:
         self.tokens = tokens
         self._engine, self._entries, self._max_steps = engine, entries, max_steps
         self._lock = threading.Lock()
+        self._kept = deque[KVCache](maxlen=MAX_KEPT)
         audio_ids = int(engine.outputs["logits"].shape[-1] or 0) - tokens.first_audio
         if audio_ids != len(entries):
             raise EngineError(
@@ -92,8 +97,16 @@ class Talker:
         `speaker` f32 [192]; `thinker` f32 [R, H] or None. Raises `CancelledError` as soon as `cancelled` is true, and
         `EngineError` where the engine fails.
         """
-        tokens, said = self.tokens, 0
         cursor = self._begin(prompt, speaker, thinker)
+        try:
+            yield from self._generate(cursor, prompt, random, cancelled)
+        finally:
+            self._end(cursor)
+
+    def _generate(
+        self, cursor: _Cursor, prompt: TalkerPrompt, random: np.random.Generator, cancelled: Callable[[], bool]
+    ) -> Iterator[list[int]]:
+        tokens, said = self.tokens, 0
         logits = self._step(cursor, prompt.audio_ids, prompt.text_ids, prompt.speaker_index, prompt.thinker_index)
         vocabulary = logits.size
         for step in range(self._max_steps):
@@ -113,7 +126,8 @@ class Talker:
             yield list(SILENCE)
 
     def _begin(self, prompt: TalkerPrompt, speaker: Array, thinker: Array | None) -> _Cursor:
-        cache = KVCache(self._engine.inputs, 1, len(prompt) + self._max_steps)
+        with self._lock:
+            cache = self._kept.pop() if self._kept else self._cache(len(prompt) + self._max_steps)
         cache.allocate()
         rows = np.zeros((1, self.thinker_width), np.float32) if thinker is None or not len(thinker) else thinker
         inputs = self._engine.inputs
@@ -122,6 +136,19 @@ class Talker:
             np.ascontiguousarray(speaker[None], inputs["speaker"].dtype),
             np.ascontiguousarray(rows, inputs["thinker"].dtype),
         )
+
+    def _cache(self, tokens: int) -> KVCache:
+        """For one generation of `tokens`, or of as many as the engine holds if that is a number."""
+        fixed = self._engine.inputs["past_key_0"].shape[2]
+        limit = fixed if isinstance(fixed, int) else tokens
+        return KVCache(self._engine.inputs, 1, limit, zeros=partial(zeros, self._engine))
+
+    def _end(self, cursor: _Cursor) -> None:
+        """Keeps a cache in the engine's memory for the next generation: captured runs belong to its address."""
+        if isinstance(self._engine, OwnMemory) and isinstance(self._engine.inputs["past_key_0"].shape[2], int):
+            with self._lock:
+                cursor.cache.free(0)
+                self._kept.append(cursor.cache)
 
     def _step(self, cursor: _Cursor, audio: Array, text: Array, speaker: Array, thinker: Array) -> Array:
         """Feeds ids [S] and gives the logits f32 [V] after the last of them."""
