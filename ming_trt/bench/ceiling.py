@@ -86,8 +86,8 @@ def shares(
     """MBU of decoding, MFU of the prefill and of the encoder, with the times that the ceiling allows (ms).
 
     `samples`: requests that succeeded; a step of decoding took what the language model's own clock says. Under load
-    steps are shared: as many sequences as the load has at once are assumed in each, none is known for a rate. `encoder`:
-    the one that the scenario's file goes through, with what it must do; `encoder_ms`: the mean time it took.
+    steps are shared: as many sequences as the load has at once are assumed in each, none is known for a rate.
+    `encoder`: the one that the scenario's file goes through, with what it must do; `encoder_ms`: its mean time.
     """
     found: dict[str, Any] = {"precision": model.precision}
     prefill = metrics.get("prompt_tokens_per_s")
