@@ -8,7 +8,7 @@ read, and a step that is bound by reading them cannot take as long as a step of 
 
 from __future__ import annotations
 
-from harness import Row, arguments, cores, finish, interleave, measure_ceiling
+from harness import READ_BYTES, Row, Work, arguments, cores, finish, interleave, measure_ceiling, reader
 from llm_step import OurStep, step_inputs
 from random_model import config, engine_file
 
@@ -27,12 +27,12 @@ def main() -> None:
     ceiling, rows = measure_ceiling(threads), list[Row]()
     for precision in ("int8", "int4"):
         engine = OurStep(engine_file(LLM(), model, precision), threads)
-        steps = {}
+        steps: dict[str, Work] = {"reading": reader(threads)}
         for batch in BATCHES:
             steps[f"batch {batch}"] = engine.step(step_inputs(model.llm, 1, past, batch, past + 128))
         times = interleave(steps, options.seconds / 2, repeats=5)
         engine.close()
-        one = times["batch 1"]
+        one, bandwidth = times["batch 1"], READ_BYTES / times["reading"].median
         sizes = {batch: llm_step(model.llm, 1, past, batch, logits=0).bytes(precision) for batch in BATCHES}
         for batch in BATCHES[1:]:
             ours = times[f"batch {batch}"]
@@ -51,7 +51,9 @@ def main() -> None:
                     more={
                         "tokens_per_s": batch / ours.median,
                         "allowed_by_reading": batch * sizes[1] / sizes[batch],
-                        "MBU": sizes[batch] / ours.median / ceiling.read_bytes_per_s,
+                        "MBU": sizes[batch] / ours.median / bandwidth,
+                        "MBU_batch_1": sizes[1] / one.median / bandwidth,
+                        "read_GB_per_s": bandwidth / 1e9,
                     },
                 )
             )

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 # Engines with random weights: gigabytes, made once and kept for the next run; never committed.
 CACHE = HERE.parent / "engines" / "build" / "benchmarks"
+
+# Larger than the caches of most processors.
+READ_BYTES = 512 << 20
 
 Work = Callable[[], object]
 
@@ -119,6 +123,13 @@ def interleave(
                 times[name].append(time.perf_counter() - started)
         rounds += 1
     return {name: Measurement(name, tuple(values)) for name, values in times.items()}
+
+
+def reader(threads: int) -> Work:
+    """Reads `READ_BYTES` with so many threads: a candidate, so that a bandwidth is that of the same rounds."""
+    blocks = [np.ones(READ_BYTES // threads // 8, np.int64) for _ in range(threads)]
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(np.max, blocks))
 
 
 def against(

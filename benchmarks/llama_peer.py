@@ -19,7 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import CACHE, HERE, Measurement, Row, against, arguments, cores, finish, host_id, interleave, show
+from harness import (
+    CACHE,
+    HERE,
+    READ_BYTES,
+    Measurement,
+    Row,
+    against,
+    arguments,
+    cores,
+    finish,
+    host_id,
+    interleave,
+    reader,
+    show,
+)  # fmt: skip
 from harness import measure_ceiling as ceiling_of
 from llm_step import OurStep, step_inputs
 from random_model import RandomCheckpoint, config, engine_file
@@ -67,7 +81,7 @@ def main() -> None:
         theirs.step(ids, 0)
         peer = f"llama.cpp {label}"
         decode = interleave(
-            {"ours": ours.step(one), peer: lambda t=theirs: t.step([1], past)},  # type: ignore[misc]
+            {"ours": ours.step(one), peer: lambda t=theirs: t.step([1], past), "reading": reader(threads)},  # type: ignore[misc]
             seconds,
             repeats=5,
         )
@@ -84,7 +98,8 @@ def main() -> None:
             wanted = (0.0, 0.0) if options.tiny else wanted
             rows.append(row(times, peer, f"{what}, {precision}", count, wanted, cosine))
         size = llm_step(model.llm, 1, past, logits=0).bytes(precision)
-        rows[-2].more["MBU"] = size / decode["ours"].median / ceiling.read_bytes_per_s
+        bandwidth = READ_BYTES / decode["reading"].median
+        rows[-2].more |= {"MBU": size / decode["ours"].median / bandwidth, "read_GB_per_s": bandwidth / 1e9}
         theirs.close()
         ours.close()
     note = f"llama-cpp-python {about['version']}: {about['system']}; ratio: its time / ours, the same threads"
