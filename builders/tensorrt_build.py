@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from ming_trt.bundle import NOT_RUN, sha256
 from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
 from ming_trt.runtime.plan import gpu_capability
+from ming_trt.runtime.tensorrt import PLUGINS_FOLDER
 
 if TYPE_CHECKING:
     from ming_trt.checkpoint import Checkpoint
@@ -122,6 +124,8 @@ def export_and_compile(
     report("compiling")
     built = compile_plan(graph, facts["inputs"], phases(name, preset.profile, facts), folder, settings, report)
     expect_layers(built, facts["operators"], name)
+    if built.stamp.plugin_abi:
+        keep_plugins(folder, settings.plugins)
     made: dict[str, Any] = {
         "model": f"{name}/{PLAN_FILE}",
         "scheme": str(options.scheme),
@@ -133,6 +137,13 @@ def export_and_compile(
     for file in (graph, folder / DATA_FILE):
         file.unlink(missing_ok=True)
     return {**facts, **made}
+
+
+def keep_plugins(folder: Path, libraries: tuple[Path, ...]) -> None:
+    """Copies the plugin libraries to beside the plan that needs them, where the runtime looks first."""
+    (folder / PLUGINS_FOLDER).mkdir(exist_ok=True)
+    for library in libraries:
+        shutil.copy2(library, folder / PLUGINS_FOLDER / library.name)
 
 
 def not_run(preset: Preset, facts: Mapping[str, Any]) -> ComponentReport:

@@ -62,7 +62,7 @@ def gate(
         found = tensorrt.library(preset.target)
         plan = folder / PLAN_FILE
         engine = tensorrt.open_plan(
-            found, plan, entry_of(component.name, preset, facts), tensorrt.plugin_libraries(None)
+            found, plan, entry_of(component.name, preset, facts), tensorrt.plugin_libraries(folder)
         )
         try:
             got = run_sample(engine, feeds)

@@ -159,11 +159,13 @@ def library(edition: str) -> Library:
         return _LIBRARIES[edition]
 
 
-def plugin_libraries(bundle: Path | None) -> tuple[Path, ...]:
-    """The plugin libraries to run with: those in the bundle's folder `plugins`, else those that `MING_TRT_PLUGINS`
-    names."""
-    inside = tuple(sorted((bundle / PLUGINS_FOLDER).glob("*.so"))) if bundle is not None else ()
-    return inside or tuple(Path(part) for part in os.environ.get(PLUGINS_VARIABLE, "").split(":") if part)
+def plugin_libraries(*folders: Path) -> tuple[Path, ...]:
+    """The plugin libraries to run with: those in `plugins` below the first of `folders` that has any (an engine's, its
+    bundle's), else those that `MING_TRT_PLUGINS` names."""
+    for folder in folders:
+        if inside := tuple(sorted((folder / PLUGINS_FOLDER).glob("*.so"))):
+            return inside
+    return tuple(Path(part) for part in os.environ.get(PLUGINS_VARIABLE, "").split(":") if part)
 
 
 def open_tensorrt(
@@ -174,15 +176,9 @@ def open_tensorrt(
     Raises `UnavailableError` without a GPU or TensorRT, `EngineError` for a plan that cannot be loaded.
     """
     entry = bundle.component(component)
-    found = library(entry.target)
-    return open_plan(
-        found,
-        bundle.model_path(component),
-        entry,
-        plugin_libraries(bundle.path),
-        finite=finite,
-        shrink_memory=shrink_memory,
-    )
+    found, file = library(entry.target), bundle.model_path(component)
+    libraries = plugin_libraries(file.parent, bundle.path)
+    return open_plan(found, file, entry, libraries, finite=finite, shrink_memory=shrink_memory)
 
 
 def open_plan(

@@ -6,6 +6,7 @@ TensorRT is a double that has the listed calls (`fake_tensorrt.py`); they are co
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders.tensorrt_build import keep_plugins
 from ming_trt.bundle import ComponentEntry
 from ming_trt.errors import EngineError, UnavailableError
 from ming_trt.processing.request import Sampling
@@ -141,14 +143,20 @@ def test_plugins_are_loaded_once_and_their_abi_is_compared(toy: Path, tmp_path: 
     load_plan(Library(module, "tensorrt", "sm90"), toy, fake_tensorrt.entry(toy), [tmp_path / "absent.so"]).close()
 
 
-def test_a_bundle_brings_its_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_brings_its_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MING_TRT_PLUGINS", "/a.so:/b.so")
-    assert plugin_libraries(tmp_path) == plugin_libraries(None) == (Path("/a.so"), Path("/b.so"))
+    engine = tmp_path / "llm"
+    assert plugin_libraries(engine, tmp_path) == plugin_libraries() == (Path("/a.so"), Path("/b.so"))
+    library = tmp_path / "libming_plugins.so"
+    library.touch()
     (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "libming_plugins.so").touch()
-    assert plugin_libraries(tmp_path) == (tmp_path / "plugins" / "libming_plugins.so",)
+    shutil.copy(library, tmp_path / "plugins")
+    assert plugin_libraries(engine, tmp_path) == (tmp_path / "plugins" / library.name,)
+    engine.mkdir()
+    keep_plugins(engine, (library,))
+    assert plugin_libraries(engine, tmp_path) == (engine / "plugins" / library.name,)
     monkeypatch.delenv("MING_TRT_PLUGINS")
-    assert plugin_libraries(None) == ()
+    assert plugin_libraries() == ()
 
 
 @pytest.mark.parametrize(
