@@ -57,6 +57,7 @@ STEP_BOUNDS: Mapping[str, tuple[float, ...]] = {"dit": (500.0, 750.0, 900.0)}
 # Parts of names of weights that stay in the scheme's floats, and why.
 KEPT: Mapping[str, str] = {
     r"\.gates\.": "routers choose experts: an error there is not small",
+    r"attention\.(query_key_value|dense)(\.|$)": "the language model's attention: most of the error, few weights",
     r"lm_head": "the projection over the vocabulary decides which token is chosen",
     r"(^|\.)proj_out\.": "the last projection of a denoiser: its error is the output's",
     r"(patch_embed|pos_embed|time_text_embed|time_mlp|word_embeddings|embed_tokens)": "embeddings: read once, cheap",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from builders.precision import kept
 from builders.quantize import ACTIVATIONS_BY_BLOCK, SCHEMES, block_for
 
 _SCALE_BYTES = 4
@@ -25,8 +26,9 @@ def weight_bytes(
         return count * _PLAIN[precision]
     table = any(word in name for word in (*_TABLES, *keep))
     if target != "onnxruntime":
-        # tables, norms, routers and the projection over the vocabulary stay in bf16
-        return count * (2 if table or len(shape) < 2 or "lm_head" in name or "gates" in name else 1)
+        # tables, norms, routers and the projection over the vocabulary stay in bf16, and what our map keeps
+        held = "lm_head" in name or "gates" in name or (target != "tensorrt-llm" and bool(kept(name)))
+        return count * (2 if table or len(shape) < 2 or held else 1)
     if precision == "w8a8":
         by_column, precision = not any(word in name for word in ACTIVATIONS_BY_BLOCK), "int8"
     elif len(shape) == 3:

@@ -20,6 +20,7 @@ from builders.fp8_errors import at_times, linear_errors, linears_of, read_amax
 from builders.layers import LayerReport
 from builders.precision import Floats, FP8PerChannel, Scheme, kept, scheme
 from builders.reference import reference
+from builders.tokens import all_tokens, many_tokens, token_agreement
 from builders.twin import against_twin, twin_outputs
 from builders.verify import Array, ComponentReport, available_memory, compare_all, reference_outputs, sample
 from ming_trt.bundle import FAILED, NOT_RUN, PASSED, ComponentEntry
@@ -29,9 +30,6 @@ from ming_trt.presets import Thresholds
 if TYPE_CHECKING:
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
-
-# Of the tokens whose best logit leads by more than the largest error: they may not change.
-MIN_AGREEMENT = 0.99
 
 
 def audit_graph(
@@ -50,7 +48,7 @@ def audit_graph(
     if module is None:
         reason = "the torch definition does not fit into memory: give --max-host-memory, or a larger machine"
         return ComponentReport(NOT_RUN, (), thresholds, reason), (), ""
-    feeds = _all_tokens(sample(component, config))
+    feeds = all_tokens(sample(component, config))
     expected = reference_outputs(module, feeds, list(entry.outputs))
     calibrated = entry.facts.get("calibration", {})
     amax = read_amax(calibrated)
@@ -58,6 +56,15 @@ def audit_graph(
     with tempfile.TemporaryDirectory(prefix="ming-trt-graph-") as folder:
         component.export(config, checkpoint, Path(folder), options)
         got = run_graph(Path(folder) / MODEL_FILE, feeds)
+        many = many_tokens(component, config)
+        tokens = (
+            token_agreement(
+                run_graph(Path(folder) / MODEL_FILE, many)["logits"],
+                reference_outputs(module, many, list(entry.outputs))["logits"],
+            )
+            if many
+            else None
+        )
     report = compare_all(got, expected, thresholds)
     if isinstance(made, FP8PerChannel):
         limit = memory_limit or available_memory()
@@ -65,7 +72,7 @@ def audit_graph(
         report = against_twin(report, got, plain, thresholds)
     reason = f"the plan was compiled, not run; these figures are of its graph in ONNX Runtime, in {floats}"
     layers: tuple[LayerReport, ...] = ()
-    remark = tokens_remark(got, expected) + pictures_remark(got, expected)
+    remark = (tokens.remark() if tokens else "") + pictures_remark(got, expected)
     if isinstance(made, FP8PerChannel):
         layers = linear_errors(module, feeds, at_times(amax, made, feeds))
         out = sorted({why for name in linears_of(module) if (why := kept(f"{name}.weight"))})
@@ -75,18 +82,10 @@ def audit_graph(
         unreached = sum(len(experts) for experts in calibrated.get("unreached_experts", {}).values())
         remark += f"; {unreached} experts that no sample chose were measured on the nearest tokens" if unreached else ""
     bad = any(layer.verdict != PASSED for layer in layers)
-    problem = tokens_problem(got, expected)
+    problem = tokens.problem() if tokens else ""
     reason += f"; {problem}" if problem else ""
     verdict = FAILED if report.verdict == FAILED or bad or problem else NOT_RUN
     return replace(report, verdict=verdict, reason=reason), layers, remark
-
-
-def _all_tokens(feeds: Feeds) -> Feeds:
-    """Asks a decoder for the logits of every token of the step."""
-    if "logit_index" not in feeds:
-        return feeds
-    batch, steps = feeds["attention_mask"].shape[0], feeds["attention_mask"].shape[2]
-    return {**feeds, "logit_index": np.tile(np.arange(steps), (batch, 1))}
 
 
 def _twin(made: Scheme) -> tuple[Scheme, str]:
@@ -116,46 +115,11 @@ def run_graph(model: Path, feeds: Feeds) -> dict[str, Array]:
         raise EngineError(f"ONNX Runtime cannot run the graph '{model}' ({text})") from error
 
 
-def token_agreement(got: Array, expected: Array) -> tuple[float, int, float]:
-    """For logits [..., V]: the share of equal best tokens among those whose lead in `expected` exceeds the largest
-    error of all logits, how many those are, and the mean KL divergence in nats from `expected`."""
-    a, b = (np.asarray(value, np.float64).reshape(-1, value.shape[-1]) for value in (got, expected))
-    ordered = np.sort(b, axis=-1)
-    decided = ordered[:, -1] - ordered[:, -2] > np.abs(a - b).max()
-    same = a.argmax(axis=-1) == b.argmax(axis=-1)
-    share = float(same[decided].mean()) if decided.any() else 1.0
-
-    def log_softmax(x: Array) -> Array:
-        shifted = x - x.max(axis=-1, keepdims=True)
-        result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-        return result
-
-    p = log_softmax(b)
-    return share, int(decided.sum()), float((np.exp(p) * (p - log_softmax(a))).sum(axis=-1).mean())
-
-
 def psnr(got: Array, expected: Array) -> float:
     """Peak signal to noise ratio in dB of pictures in [-1, 1], both clipped to it; 300 if they are equal."""
     a, b = (np.clip(np.asarray(value, np.float64), -1, 1) for value in (got, expected))
     error = float(((a - b) ** 2).mean())
     return min(300.0, float(10 * np.log10(4 / error))) if error else 300.0
-
-
-def tokens_problem(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
-    """Why the language model's tokens are not good enough, or ""."""
-    if "logits" not in got or "logits" not in expected:
-        return ""
-    share, count, _ = token_agreement(got["logits"], expected["logits"])
-    return f"top-1 agreement {share:.1%} of {count} is below {MIN_AGREEMENT:.0%}" if share < MIN_AGREEMENT else ""
-
-
-def tokens_remark(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
-    """The sentence about logits, or "" if there are none."""
-    if "logits" not in got or "logits" not in expected:
-        return ""
-    share, count, divergence = token_agreement(got["logits"], expected["logits"])
-    total = expected["logits"].size // expected["logits"].shape[-1]
-    return f"top-1 agreement {share:.1%} of {count} decided tokens ({total} in all), KL {divergence:.2g} nats; "
 
 
 def pictures_remark(got: Mapping[str, Array], expected: Mapping[str, Array]) -> str:

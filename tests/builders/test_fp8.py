@@ -15,8 +15,9 @@ from builders.export import bind_weights, export_graph, save
 from builders.fp8 import LARGEST, fake_quantised, to_fp8, weight_codes, weight_scales
 from builders.fp8_ranges import by_module, choose, observe
 from builders.precision import Floats, FP8PerChannel, FP8PerTensor, kept, scheme
-from builders.tensorrt_audit import linear_errors, psnr, run_graph, token_agreement
+from builders.tensorrt_audit import linear_errors, psnr, run_graph
 from builders.tensorrt_graph import adapt
+from builders.tokens import token_agreement
 from ming_trt.errors import BuildError
 
 
@@ -132,9 +133,11 @@ def test_what_is_sensitive_is_kept() -> None:
         "lm_head.weight",
         "proj_out.weight",
         "transformer_blocks.0.norm1.linear.weight",
+        "layers.0.attention.query_key_value.weight_T",
     ):
         assert kept(name)
-    assert not kept("layers.0.attention.dense.weight")
+    for name in ("layers.0.mlp.shared_experts.up_proj.weight", "layers.0.mlp.gate_up", "blocks.0.attn.qkv.weight"):
+        assert not kept(name)
 
 
 def test_schemes_by_target() -> None:
@@ -178,10 +181,20 @@ def test_ranges_of_the_language_model_are_renamed() -> None:
 
 def test_figures_of_tokens_and_pictures() -> None:
     expected = np.array([[0.0, 1.0, 9.0], [0.0, 5.0, 5.2]])
-    share, decided, divergence = token_agreement(expected + np.array([[0.5, 0, 0], [0, 0.4, 0]]), expected)
+    found = token_agreement(expected + np.array([[0.5, 0, 0], [0, 0.4, 0]]), expected)
     # the second row's lead is below the error, so that its other token does not count
-    assert (share, decided) == (1.0, 1) and 0 < divergence < 0.1
-    assert token_agreement(np.roll(expected, 1, -1), expected)[1] == 0
+    assert (found.share, found.decided, found.total, found.error) == (1.0, 1, 2, 0.5) and 0 < found.divergence < 0.1
+    assert not found.problem() and "100.0% of 1 decided tokens (2 in all" in found.remark()
+    nothing = token_agreement(np.roll(expected, 1, -1), expected)
+    assert nothing.decided == 0 and "no token decided" in nothing.remark()
     # a lead of 9, errors of 4.9 and 4.5: both tokens moved, towards each other
-    assert token_agreement(np.array([[4.9, 0, 4.5]]), np.array([[0.0, 0.0, 9.0]]))[:2] == (0.0, 1)
+    moved = token_agreement(np.array([[4.9, 0, 4.5]]), np.array([[0.0, 0.0, 9.0]]))
+    assert (moved.share, moved.decided) == (0.0, 1) and "is below 99%" in moved.problem()
+    # an outlier among thousands does not decide what the others must keep
+    rng = np.random.default_rng(0)
+    logits = 8 * rng.standard_normal((50, 1000))
+    noisy = logits + 0.1 * rng.standard_normal(logits.shape)
+    noisy[0, 0] -= 50
+    large = token_agreement(noisy, logits)
+    assert 0.4 < large.error < 7 and large.decided > 0 and large.share == 1.0
     assert psnr(np.zeros(4), np.zeros(4)) == 300 and psnr(np.full(4, 0.2), np.zeros(4)) == pytest.approx(20.0)
