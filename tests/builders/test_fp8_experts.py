@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from builders import calibration
 from builders.component import ExportOptions
 from builders.export import save
 from builders.fp8 import LARGEST
@@ -26,6 +28,7 @@ from builders.tensors import TORCH_DTYPES
 from ming_trt.config import LLMConfig
 from ming_trt.errors import BuildError
 from ming_trt.models.llm import MoE
+from ming_trt.models.weights import Stack
 from tests.builders.test_functions import Experts, export_experts
 from tests.plugins import binding, calls, reference
 
@@ -126,12 +129,8 @@ def test_the_body_is_that_of_the_floats_with_qdq_and_scales() -> None:
 
 
 def test_each_matrix_of_the_experts_keeps_25_db() -> None:
-    config = LLMConfig.__new__(LLMConfig)
-    sizes = {"hidden_size": HIDDEN, "expert_width": WIDTH, "num_experts": EXPERTS, "top_k": TOP_K}
-    for name, value in {**sizes, "shared_width": WIDTH, "normalize_top_k": True}.items():
-        object.__setattr__(config, name, value)
     torch.manual_seed(0)
-    net = torch.nn.ModuleDict({"mlp": MoE(config)})
+    net = torch.nn.ModuleDict({"mlp": MoE(sizes())})
     for value in net.parameters():
         torch.nn.init.normal_(value, std=0.2)
     net.forward = lambda x, modality: net["mlp"](x, modality)
@@ -144,6 +143,43 @@ def test_each_matrix_of_the_experts_keeps_25_db() -> None:
     # a range that is far too small clips
     clipped = {report.name: report for report in linear_errors(net, feeds, {**amax, "mlp.down": 0.01})}
     assert clipped["mlp.down"].verdict == "failed" and "SQNR" in clipped["mlp.down"].note
+
+
+def test_an_expert_that_no_token_chose_is_measured_on_the_nearest() -> None:
+    """Its inner activation is a hundred times larger than the others': without it the scale would clip them."""
+    weights, x, logits = drawn()
+    logits[:, 4] = -50 + torch.arange(TOKENS)
+    weights["gate_up"][4] *= 10
+    ranges = calibration.Ranges()
+    stacks = [Stack(tuple(Matrix(value) for value in weights[part])) for part in ("gate_up", "down")]
+    with torch.device("meta"):
+        moe = MoE(sizes())
+    total, unreached = calibration._experts(moe, None, *stacks, x, logits, ranges, "inner")
+    assert unreached == [4]
+    gate, up = (x @ weights["gate_up"][4].T).chunk(2, dim=-1)
+    seen = float((torch.nn.functional.silu(gate) * up).abs().max())
+    assert ranges.amax["inner"] == pytest.approx(seen)
+    # and it adds nothing to any token
+    expected = reference.sparse_moe(x, logits, None, weights["gate_up"], weights["down"], TOP_K, True)
+    assert calls.relative_error(total, expected) < 1e-5
+
+
+@dataclass
+class Matrix:
+    """A weight that is there, as a source."""
+
+    value: torch.Tensor
+
+    def load(self, checkpoint: object, dtype: torch.dtype) -> torch.Tensor:
+        return self.value.to(dtype)
+
+
+def sizes() -> LLMConfig:
+    config = LLMConfig.__new__(LLMConfig)
+    numbers = {"hidden_size": HIDDEN, "expert_width": WIDTH, "num_experts": EXPERTS, "top_k": TOP_K}
+    for name, value in {**numbers, "shared_width": WIDTH, "normalize_top_k": True}.items():
+        object.__setattr__(config, name, value)
+    return config
 
 
 @pytest.mark.slow
