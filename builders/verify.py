@@ -159,7 +159,7 @@ def verify_component(
     module = reference(component, config, checkpoint, limit)
     if module is None:
         needed = reference_bytes(component, config)[1]
-        reason = f"the torch definition needs {needed / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB are allowed or free"
+        reason = f"the torch definition needs {needed / 2**20:.0f} MiB and {limit / 2**20:.0f} MiB are allowed or free"
         return ComponentReport(NOT_RUN, (), thresholds, reason)
     feeds = sample(component, config)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ming_trt.errors import ConfigError
-from ming_trt.json_section import Section, read_json
+from ming_trt.json_section import MOST_LAYERS, Section, read_json
 
 ROPE_3D = "3D"
 ROPE_VIDEO = "video_rope"
@@ -203,7 +203,7 @@ def _llm(section: Section) -> LLMConfig:
     head_dim = section.count("head_dim", hidden // heads)
     if heads % kv_heads:
         raise ConfigError(f"{heads} attention heads in '{section.file}' cannot share {kv_heads} key/value heads evenly")
-    experts, top_k = section.count("num_experts"), section.count("num_experts_per_tok")
+    experts, top_k = section.count("num_experts", most=MOST_LAYERS), section.count("num_experts_per_tok")
     if top_k > experts:
         raise ConfigError(f"llm_config chooses {top_k} of {experts} experts in '{section.file}': at most {experts}")
     width = section.count("moe_intermediate_size")
@@ -211,7 +211,7 @@ def _llm(section: Section) -> LLMConfig:
     return LLMConfig(
         vocab_size=section.count("vocab_size"),
         hidden_size=hidden,
-        num_layers=section.count("num_hidden_layers"),
+        num_layers=section.count("num_hidden_layers", most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -257,7 +257,7 @@ def _vision(section: Section) -> VisionConfig:
         raise ConfigError(
             f"vision hidden size {hidden} in '{section.file}' over {heads} heads must be a multiple of 4 per head"
         )
-    depth = section.count("depth")
+    depth = section.count("depth", most=MOST_LAYERS)
     full = section.values.get("fullatt_block_indexes")
     if not isinstance(full, list) or any(type(i) is not int or not 0 <= i < depth for i in full):
         raise ConfigError(
@@ -307,7 +307,7 @@ def _audio(root: Section) -> AudioConfig:
         max_positions=section.count("n_ctx"),
         hidden_size=state,
         num_heads=heads,
-        num_layers=section.count("n_layer"),
+        num_layers=section.count("n_layer", most=MOST_LAYERS),
         normalize_rows=normalize,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import MingConfig
 from ming_trt.errors import ConfigError
-from ming_trt.json_section import Section, read_json
+from ming_trt.json_section import MOST_LAYERS, Section, read_json
 from ming_trt.processing.image_size import BUCKETS
 
 MLP_WIDTH = "mlp.fc1.weight"
@@ -108,7 +108,7 @@ def connector_config(config: MingConfig) -> ConnectorConfig:
         llm_hidden=config.llm.hidden_size,
         hidden=hidden,
         intermediate=section.count("intermediate_size"),
-        layers=section.count("num_hidden_layers"),
+        layers=section.count("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=section.count("head_dim", hidden // heads),
@@ -146,7 +146,7 @@ def dit_config(config: MingConfig, stored_tables: bool | None = None) -> DiTConf
     section = _section(config, "transformer/config.json", "transformer")
     section.refuse("vae_ref_channel_cat", False)
     section.refuse("patch_size", 2)
-    channels, layers = section.count("in_channels"), section.count("num_layers")
+    channels, layers = section.count("in_channels"), section.count("num_layers", most=MOST_LAYERS)
     section.refuse("out_channels", channels)
     norm = section.values.get("qk_norm")
     if norm not in (None, "rms_norm"):
@@ -173,7 +173,7 @@ def dit_config(config: MingConfig, stored_tables: bool | None = None) -> DiTConf
         head_dim=section.count("attention_head_dim"),
         layers=layers,
         dual_layers=tuple(dual),
-        refiners=section.count("num_refiner_layers", 2),
+        refiners=section.count("num_refiner_layers", 2, MOST_LAYERS),
         qk_norm=norm is not None,
         sample_size=section.count("sample_size"),
         table_full_side=table,
@@ -200,7 +200,7 @@ def vae_config(config: MingConfig) -> VAEConfig:
         picture_channels=section.count("in_channels", 3),
         latent_channels=section.count("latent_channels"),
         widths=tuple(widths),
-        layers=section.count("layers_per_block", 1),
+        layers=section.count("layers_per_block", 1, MOST_LAYERS),
         groups=section.count("norm_num_groups", 32),
         mid_attention=section.flag("mid_block_add_attention", True),
         quant_conv=section.flag("use_quant_conv", True),

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from ming_trt.errors import ConfigError
 
+# Far beyond any width, and any number of layers or experts, of a model.
+MOST, MOST_LAYERS = 2**31 - 1, 4096
 _T = TypeVar("_T", int, float, bool)
 
 
@@ -34,10 +36,13 @@ class Section:
             raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value!r}, expected a {kind.__name__}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """A whole number from 1 to `most`: a damaged one would be looped over for ever."""
         value = self._get(key, int, default)
         if value < 1:
             raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected at least 1")
+        if value > most:
+            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected at most {most}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ming_trt.checkpoint import TensorInfo
 from ming_trt.errors import CheckpointError, ConfigError
-from ming_trt.json_section import Section, read_json
+from ming_trt.json_section import MOST_LAYERS, Section, read_json
 from ming_trt.torch_file import state_dict
 
 FOLDER = "talker"
@@ -150,7 +150,7 @@ def load_talker_config(folder: Path) -> TalkerConfig:
         vocab_size=vocabulary,
         text_vocab=text,
         hidden=hidden,
-        layers=body.count("num_hidden_layers"),
+        layers=body.count("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         kv_heads=body.count("num_key_value_heads", heads),
         head_dim=body.count("head_dim", hidden // heads),

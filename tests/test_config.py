@@ -95,6 +95,8 @@ def test_rope_kind(tmp_path: Path, scaling: Any, kind: str) -> None:
         (put("llm_config", "hidden_size", None), "llm_config.hidden_size"),
         (put("llm_config", "hidden_size", "256"), "expected a int"),
         (put("llm_config", "num_hidden_layers", 0), "at least 1"),
+        (put("llm_config", "num_hidden_layers", 10**9), "at most 4096"),
+        (put("llm_config", "hidden_size", 10**12), "at most 2147483647"),
         (put("llm_config", "num_experts_per_tok", 9), "9 of 8 experts"),
         (put("llm_config", "num_key_value_heads", 3), "key/value heads"),
         (put("llm_config", "head_dim", 40), "multiple of 16"),

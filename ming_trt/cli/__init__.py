@@ -19,6 +19,8 @@ from ming_trt.errors import MingError
 # The order of `--help`: the order in which a user meets the commands.
 COMMANDS = ("mini", "plan", "build", "inspect", "verify", "golden", "repo", "serve", "ask", "bench", "doctor")
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="ming-trt",
     help="Build engines from the Ming-lite-omni v1.5 checkpoint and serve them with Triton.",
@@ -53,8 +55,8 @@ def _register() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    _register()
     try:
+        _register()
         app()
     except MingError as error:
         if os.environ.get("MING_TRT_DEBUG"):
@@ -72,4 +74,9 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+    except SystemExit as done:
+        # once a command runs typer makes this of Ctrl-C, without a word
+        if done.code == _INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        raise

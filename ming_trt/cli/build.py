@@ -60,8 +60,12 @@ def command(
         tp,
         ep,
     )
-    with BuildProgress() as progress:
-        report = build(options, progress)
+    try:
+        with BuildProgress() as progress:
+            report = build(options, progress)
+    except KeyboardInterrupt:
+        typer.echo("what is finished stays; the same command goes on from there", err=True)
+        raise
     if json:
         typer.echo(json_module.dumps(report.as_dict()))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,28 @@ def test_build_again_as_json_does_nothing_and_loads_no_torch(bundle: Path) -> No
     assert report["ok"] and report["gate"] == "passed"
     assert {step["outcome"] for step in report["steps"].values()} == {"NOOP", "SKIPPED"}
     assert report["steps"]["llm"]["reason"] == "not selected"
+
+
+def test_interrupted_build_says_so_and_leaves_no_half_work(tmp_path: Path) -> None:
+    arguments = ["build", CHECKPOINT, "-o", tmp_path / "bundle", "--only", "audio_encoder", "--preset", "mini-cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ming_trt", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts something in the background makes it deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "audio_encoder ..." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines()[-2:] == ["what is finished stays; the same command goes on from there", "interrupted"]
+    assert not list((tmp_path / "bundle" / ".work").iterdir())
+    assert (tmp_path / "bundle" / "assets" / "config.json").is_file()
 
 
 def test_inspect(bundle: Path) -> None:
