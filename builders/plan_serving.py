@@ -77,6 +77,8 @@ class Needs:
         if kv:
             # with more GPUs than key/value heads a head lies on several
             items.append(Item("the KV cache", kv // min(ranks, config.llm.num_kv_heads)))
+        if model and model.name == trtllm.NAME:
+            items += [Item(what, size) for what, size in trtllm.request_bytes(preset, config.llm).items()]
         others = (engine for engine in engines if engine is not model)
         items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
         stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])

@@ -22,6 +22,7 @@ from builders.trtllm_layout import Layout, layout, parallel
 from ming_trt.config import LLMConfig
 from ming_trt.errors import BuildError
 from ming_trt.presets import Preset
+from ming_trt.trtllm.engine import prompt_rows
 from ming_trt.trtllm.rope_table import COMPONENT as ROPE
 
 if TYPE_CHECKING:
@@ -82,6 +83,15 @@ def kv_bytes(preset: Preset, llm: LLMConfig) -> int:
     """Memory of the KV cache of all slots at full length, over all GPUs."""
     item = {"bf16": 2, "fp8": 1}[kv_precision(preset)]
     return 2 * llm.num_layers * llm.kv_width * item * preset.profile.slots * max_positions(preset, llm)
+
+
+def request_bytes(preset: Preset, llm: LLMConfig) -> dict[str, int]:
+    """What TensorRT-LLM's runtime sets aside on every GPU for the requests of all slots, beside the KV cache."""
+    rows = prompt_rows(preset.profile, max_positions(preset, llm))
+    return {
+        "the prompt table": 2 * rows * llm.hidden_size,
+        "the rotary tables": 4 * preset.profile.slots * max_positions(preset, llm) * llm.head_dim,
+    }
 
 
 def kv_precision(preset: Preset) -> str:

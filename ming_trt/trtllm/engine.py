@@ -58,18 +58,20 @@ def engine_file(rank: int) -> str:
     return f"rank{rank}.engine"
 
 
-def build_settings(config: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
-    """Arguments of TensorRT-LLM's `BuildConfig` but for plugins and caches. Pure: no library is needed.
+def prompt_rows(profile: Profile, length: int) -> int:
+    """Rows of the prompt table: of all slots at once, and twice as many places, since parity is the modality."""
+    return 2 * profile.slots * min(profile.max_image_tokens, length)
 
-    The prompt table holds the rows of all slots at once, and twice as many places, since parity is the modality.
-    """
+
+def build_settings(config: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """Arguments of TensorRT-LLM's `BuildConfig` but for plugins and caches. Pure: no library is needed."""
     length = config["max_position_embeddings"]
     return {
         "max_input_len": length - 1,
         "max_seq_len": length,
         "max_batch_size": profile.slots,
         "max_num_tokens": max(profile.prefill_chunk, profile.slots),
-        "max_prompt_embedding_table_size": 2 * profile.slots * min(profile.max_image_tokens, length),
+        "max_prompt_embedding_table_size": prompt_rows(profile, length),
         "strongly_typed": True,
         "use_mrope": True,
     }

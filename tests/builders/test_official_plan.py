@@ -94,7 +94,9 @@ def test_two_gpus() -> None:
     sizes = [{item.what: item.size for item in made.run_items} for made in (one, two)]
     weights, cache = "the weights of llm-checkpoint", "the KV cache"
     assert sizes[1][cache] * 2 == sizes[0][cache]
-    # embedding and routers lie on both
+    # what lies on both: embedding, routers, rows of 32 slots of pictures in two places each, a pair for every position
+    assert sizes[0]["the prompt table"] == sizes[1]["the prompt table"] == 2 * 32 * 8192 * 2048 * 2
+    assert sizes[0]["the rotary tables"] == sizes[1]["the rotary tables"] == 32 * 16384 * 128 * 4
     assert 0.5 < sizes[1][weights] / sizes[0][weights] < 0.53
     with pytest.raises(BuildError, match="heads do not divide by 3"):
         plan(OFFICIAL, presets.load("h200-fp8"), only, gpus=3)
