@@ -151,10 +151,15 @@ class DeviceArray:
             self.block.queue.clear_rows(address, pitch, width, height)
 
 
-def upload(queue: Queue, array: npt.NDArray[Any]) -> DeviceArray:
-    """A new device array with the contents of `array`. Waits for the queue."""
+def upload(queue: Queue, array: npt.NDArray[Any], over: DeviceArray | None = None) -> DeviceArray:
+    """A device array with the contents of `array`: `over`, if that has its shape and type, else a new one. Waits for
+    the queue."""
     source = np.ascontiguousarray(array)
-    result = DeviceArray.empty(queue, source.shape, source.dtype)
+    fits = over is not None and over.contiguous and over.block.queue is queue
+    if over is not None and fits and over.shape == source.shape and over.dtype == source.dtype:
+        result = over
+    else:
+        result = DeviceArray.empty(queue, source.shape, source.dtype)
     if source.nbytes:
         queue.upload(result.address, int(source.ctypes.data), source.nbytes)
         queue.wait()

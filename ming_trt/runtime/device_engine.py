@@ -39,8 +39,18 @@ class Counts:
 
 
 @dataclass(slots=True, eq=False)
+class _Site:
+    """A context, and what it was told last."""
+
+    context: Context
+    shapes: dict[str, Shape] | None = None
+    scratch: tuple[int, int] = (0, 0)
+
+
+@dataclass(slots=True, eq=False)
 class _Call:
-    """A kind of run: everything but the values. `bases` are the addresses that the graph was captured with."""
+    """A kind of run: everything but the values. `own` is the context of its graph, `bases` the addresses that the graph
+    was captured with."""
 
     profile: int
     inputs: dict[str, Shape]
@@ -48,6 +58,7 @@ class _Call:
     layout: Layout
     host_out: int
     runs: int = 0
+    own: _Site | None = None
     graph: Any = None
     bases: tuple[int, ...] = ()
     refused: bool = False
@@ -82,11 +93,9 @@ class DeviceEngine:
         self._shrink = shrink_memory and not capture
         self._capture, self._max_calls = capture, max_calls
         self._calls: OrderedDict[tuple[Any, ...], _Call] = OrderedDict()
-        self._contexts: dict[int, Context] = {}
-        self._shapes: dict[int, dict[str, Shape]] = {}
+        # by profile, for runs that are not captured
+        self._contexts: dict[int, _Site] = {}
         self._scratch: Block | None = None
-        # what each context was told last
-        self._told: dict[int, tuple[int, int]] = {}
         self._in, self._out = Buffer(queue), Buffer(queue)
         unknown = set(self._finite) - self.outputs.keys()
         if unknown:
@@ -98,10 +107,12 @@ class DeviceEngine:
         self._open()
         return cast(Array, DeviceArray.zeros(self._queue, shape, dtype))
 
-    def place(self, array: Array) -> Array:
-        """`array` as a `DeviceArray`."""
+    def place(self, array: Array, over: Array | None = None) -> Array:
+        """`array` as a `DeviceArray`, in the memory of `over` if that has its shape and type."""
         self._open()
-        return array if isinstance(array, DeviceArray) else cast(Array, upload(self._queue, array))
+        if isinstance(array, DeviceArray):
+            return array
+        return cast(Array, upload(self._queue, array, over if isinstance(over, DeviceArray) else None))
 
     def run(
         self,
@@ -187,8 +198,9 @@ class DeviceEngine:
         shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
         wanted = {*made, *(name for name, array in into.items() if not isinstance(array, DeviceArray))}
         profile = choose_profile(self.name, plan.profiles, shapes)
-        context = self._context(plan, profile)
-        given = self._set_shapes(context, profile, shapes)
+        if profile not in self._contexts:
+            self._contexts[profile] = self._context(plan, profile)
+        given = self._set_shapes(self._contexts[profile], shapes)
         for name, array in into.items():
             if tuple(array.shape) != given[name]:
                 raise EngineError(
@@ -200,7 +212,9 @@ class DeviceEngine:
         if len(self._calls) >= self._max_calls:
             # Runs that come once must not push out the graphs of those that come again.
             oldest = next((each for each, known in self._calls.items() if known.graph is None), next(iter(self._calls)))
-            self._drop_graph(self._calls.pop(oldest))
+            dropped = self._calls.pop(oldest)
+            self._drop_graph(dropped)
+            dropped.own = None
         self._calls[key] = call
         return call
 
@@ -235,26 +249,25 @@ class DeviceEngine:
                     "`zeros` or `place`"
                 )
 
-    def _context(self, plan: Plan, profile: int) -> Context:
-        if profile not in self._contexts:
-            self._contexts[profile] = plan.context(profile, self._queue)
-            self._queue.wait()
-        return self._contexts[profile]
+    def _context(self, plan: Plan, profile: int) -> _Site:
+        context = plan.context(profile, self._queue)
+        self._queue.wait()
+        return _Site(context)
 
-    def _set_shapes(self, context: Context, profile: int, shapes: dict[str, Shape]) -> dict[str, Shape]:
-        self._shapes.pop(profile, None)
-        given = context.set_shapes(shapes)
+    def _set_shapes(self, place: _Site, shapes: dict[str, Shape]) -> dict[str, Shape]:
+        place.shapes = None
+        given = place.context.set_shapes(shapes)
         unknown = [name for name, shape in given.items() if min(shape, default=0) < 0]
         if unknown:
             raise EngineError(
                 f"engine '{self.name}' has an output '{unknown[0]}' whose shape depends on values: the runtime has no "
                 "memory for it, since no graph of ours may have one"
             )
-        self._shapes[profile] = shapes
+        place.shapes = shapes
         return given
 
     def _execute(self, plan: Plan, call: _Call, feeds: Mapping[str, Array]) -> None:
-        layout, context = call.layout, self._contexts[call.profile]
+        layout = call.layout
         self._reserve(plan, call)
         host = self._in.host
         for name, place in layout.uploads:
@@ -270,23 +283,37 @@ class DeviceEngine:
             self._queue.wait()
             self.counts.launched += 1
             return
-        if self._shapes.get(call.profile) != call.inputs:
-            self._set_shapes(context, call.profile, call.inputs)
-        context.set_addresses({name: self._address(place) for name, place in layout.places.items()})
-        try:
-            self._enqueue(context, call)
-        finally:
-            self._queue.wait()
+        capture = self._capture and call.profile == CAPTURED_PROFILE and call.runs > 1 and not call.refused
+        if capture and call.own is None:
+            # A graph holds for the state of its context: other runs may not change that, so it has one to itself.
+            call.own = self._context(plan, call.profile)
+        chosen = call.own or self._contexts[call.profile]
+        self._run(chosen, call)
         # Only now has the context settled for these shapes; capturing runs nothing.
-        if self._capture and call.profile == CAPTURED_PROFILE and call.runs > 1 and not call.refused:
+        if capture:
             try:
-                call.graph = self._queue.capture(lambda: self._enqueue(context, call))
+                call.graph = self._queue.capture(lambda: self._enqueue(chosen.context, call))
             except CaptureError as error:
-                call.refused = True
+                call.refused, call.own = True, None
                 self.counts.refused[str(error)] += 1
             else:
                 call.bases = bases
                 self.counts.captured += 1
+
+    def _run(self, place: _Site, call: _Call) -> None:
+        """Runs piece by piece, and waits."""
+        if place.shapes != call.inputs:
+            self._set_shapes(place, call.inputs)
+        assert self._scratch is not None
+        scratch = (self._scratch.address, self._scratch.size)
+        if place.scratch != scratch:
+            place.context.set_scratch(*scratch)
+            place.scratch = scratch
+        place.context.set_addresses({name: self._address(at) for name, at in call.layout.places.items()})
+        try:
+            self._enqueue(place.context, call)
+        finally:
+            self._queue.wait()
 
     def _enqueue(self, context: Context, call: _Call) -> None:
         """Queues a whole run: copies and the plan."""
@@ -335,10 +362,6 @@ class DeviceEngine:
         if self._scratch is None or needed > self._scratch.size:
             self._scratch = None  # first: the old memory may be what the new one is made of
             self._scratch = Block(self._queue, needed)
-        scratch = (self._scratch.address, self._scratch.size)
-        if self._told.get(call.profile) != scratch:
-            self._contexts[call.profile].set_scratch(*scratch)
-            self._told[call.profile] = scratch
 
     def _bases(self) -> tuple[int, ...]:
         """Addresses that a captured graph holds besides those of the caller's arrays."""

@@ -81,7 +81,7 @@ class OwnMemory(Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...
 
-    def place(self, array: Array) -> Array: ...
+    def place(self, array: Array, over: Array | None = None) -> Array: ...
 
 
 def zeros(engine: Engine, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
@@ -89,9 +89,13 @@ def zeros(engine: Engine, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array
     return engine.zeros(shape, dtype) if isinstance(engine, OwnMemory) else np.zeros(shape, dtype)
 
 
-def place(engine: Engine, array: Array) -> Array:
-    """`array` where `engine` computes: for inputs that many runs take unchanged. The array itself, if that is here."""
-    return engine.place(array) if isinstance(engine, OwnMemory) else array
+def place(engine: Engine, array: Array, over: Array | None = None) -> Array:
+    """`array` where `engine` computes: for inputs that many runs take unchanged. The array itself, if that is here.
+
+    `over` is what an earlier call gave and nobody needs any more: its memory is used again if the shapes are equal, so
+    that captured runs stay valid.
+    """
+    return engine.place(array, over) if isinstance(engine, OwnMemory) else array
 
 
 def check_call(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PATCH = 2  # latent positions a side of one token of the denoiser
 ENGINES = ("connector", "condition", "dit", "vae_encoder", "vae_decoder")
+MAX_PLACED = 32  # inputs that are kept where the denoiser computes
 SEEDS = 65535  # random seeds are drawn from [0, SEEDS), as the reference does
 
 
@@ -108,6 +109,7 @@ class ImageEngines:
         self.channels = channels
         self._negative: Prompt | None = None
         self._held: tuple[Any, Arrays] | None = None
+        self._placed: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 0, shrink_memory: bool = True) -> ImageEngines:
@@ -193,14 +195,22 @@ class ImageEngines:
         """The denoiser's inputs: for each job its guidance branches."""
         rows = [(job, *branch) for job, names in zip(jobs, branches, strict=True) for branch in names]
         if self._held is None or self._held[0] != rows:
-            self._held = None  # first: the memory may be what the new arrays are made of
-            engine = self.engines["dit"]
-            self._held = rows, {name: place(engine, array) for name, array in self._constant(rows).items()}
+            self._held = rows, {name: self._place(name, array) for name, array in self._constant(rows).items()}
         return {
             "latent": np.stack([job.latent for job, _, _ in rows]),
             "time": np.array([job.times[job.done] for job, _, _ in rows], np.float32),
             **self._held[1],
         }
+
+    def _place(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Where the denoiser takes it from. One place for each shape: captured steps belong to places."""
+        key = name, array.shape
+        placed = place(self.engines["dit"], array, self._placed.pop(key, None))
+        if placed is not array:
+            self._placed[key] = placed
+            while len(self._placed) > MAX_PLACED:
+                del self._placed[next(iter(self._placed))]
+        return placed
 
     def _constant(self, rows: Sequence[tuple[ImageJob, bool, bool]]) -> Arrays:
         """Those inputs that stay the same while the same jobs share a step: where the engine has memory of its own they

@@ -240,11 +240,15 @@ class OrtContext:
         assert addresses, "no addresses since the shapes were set"
         for output, source in plan.aliases.items():
             assert addresses[output] == addresses[source], f"{output} and {source} must share memory"
-        if self.queue._recorded is not None:
+        captured = self.queue._recorded is not None
+        if captured:
             assert self.settled == shapes, "captured before a run with these shapes"
         self.settled = shapes
+        state = (shapes, addresses, self.scratch)
 
         def work() -> None:
+            if captured:
+                assert state == (self.shapes, self.addresses, self.scratch), "its context was changed since the capture"
             feeds = {n: self.queue.array(addresses[n], plan.inputs[n], shapes[n]) for n in plan.inputs}
             copies = {name: array.copy() for name, array in feeds.items()}
             # what a kernel writes before another has read it is undefined on a GPU: poison what is not meant to be
