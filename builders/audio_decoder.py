@@ -16,6 +16,7 @@ import torch
 from builders.component import ExportOptions, Feeds
 from builders.export import export_graph
 from builders.functions import translations
+from builders.lowering_speech import lower_decoder
 from builders.main_shard import MainShardComponent
 from builders.tensors import TORCH_DTYPES
 from ming_trt.models import detokenizer_weights as weights
@@ -52,6 +53,13 @@ class _Detokenizer(MainShardComponent):
         outputs = (*self.outputs, *(f"present_{name}" for name in self.caches(speech)))
         return export_graph(module, inputs, dynamic, outputs, translations())
 
+    def model(self, config: MingConfig, checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
+        """See `MainShardComponent.model`."""
+        model = super().model(config, checkpoint, options)
+        if options.target == "onnxruntime":
+            lower_decoder(model, options.precision, self.keep_float)
+        return model
+
     def caches(self, config: SpeechConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape, without the batch, of what is carried from part to part; -1 = T."""
         return {}
@@ -80,6 +88,8 @@ class Encoder(_Detokenizer):
 
     name = "flow_encoder"
     outputs = ("mu", "spk")
+    keep_float = ("spk_embed_affine_layer", "encoder_proj")
+    many_rows = True
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:
         return asdict(_flow(config))
@@ -133,6 +143,9 @@ class Estimator(_Detokenizer):
 
     name = "flow_estimator"
     outputs = ("velocity",)
+    # one row each, or the output itself
+    keep_float = ("time_mlp", "mlp.1", "final_proj")
+    many_rows = True
 
     def config_key(self, config: MingConfig) -> Mapping[str, Any]:
         return asdict(_flow(config))
