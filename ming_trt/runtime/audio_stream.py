@@ -25,6 +25,9 @@ class SeamlessStream:
 
     With `chunked` false nothing is given before `finish`, and every frame sees every other: the best quality, for
     utterances that are not waited for. Equal generators `random` give equal audio, however the codes arrive.
+
+    Where the memory of all streams has no room for this one (`FlowMemory`), its own is given back, and the rest of the
+    utterance comes with `finish`, from one run over all codes: the same audio, later.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class SeamlessStream:
         self._prompt = len(voice.flow_codes)
         self._codes: list[int] = voice.flow_codes.tolist()
         self._state: FlowState | None = None
+        self._late = False  # no room: nothing more before the end
         self._frames = 0  # frames of mel that exist, the prompt's not counted
         self._sent = 0  # frames whose audio was given
         self._given = 0  # chunks of audio
@@ -57,19 +61,21 @@ class SeamlessStream:
         """Audio that these codes complete: none, one or several chunks."""
         self._codes += codes
         while self._chunked and len(self._codes) >= self._done + self._d.chunk + self._d.look_ahead:
-            self._extend(self._d.chunk)
+            if not self._extend(self._d.chunk):
+                return
             until = self._frames - self._d.pitch_reach - self._d.reach
             if until > self._sent and self._enough():
                 yield self._render(until)
 
     def finish(self) -> Floats:
         """The rest. Call it once, after at least one code."""
-        if self._chunked:
-            while self._done < len(self._codes):
-                self._extend(min(self._d.chunk, len(self._codes) - self._done))
-        else:
+        left = self._chunked
+        while left and self._done < len(self._codes):
+            left = self._extend(min(self._d.chunk, len(self._codes) - self._done))
+        self._state = None
+        if not left:
             codes = np.array(self._codes[self._prompt :], np.int64)
-            self._append(self._d.to_mel(self._voice, codes, chunked=False, final=True))
+            self._append(self._d.to_mel(self._voice, codes, chunked=self._chunked, final=True, skip=self._frames))
         self._follow_pitch(final=True)
         return self._render(self._frames)
 
@@ -84,17 +90,20 @@ class SeamlessStream:
         step = STEPS_IN_CHUNKS[min(self._given, len(STEPS_IN_CHUNKS) - 1)]
         return self._frames - self._sent > (step - 1) * self._d.chunk + held_back
 
-    def _extend(self, count: int) -> None:
+    def _extend(self, count: int) -> bool:
         """The flow's next part of `count` codes: always one chunk but for the last, so that no number depends on how
-        the codes arrived."""
-        if self._state is None:
-            self._state = self._d.state(self._next_whole(self._prompt + 1), parts=True)
-        start = self._state.length
-        self._state.reserve(self._next_whole(start + count), spare=self._d.chunk)
+        the codes arrived. False if there is no room for it, now and from now on."""
+        if self._state is None and not self._late:
+            self._state = self._d.stream_state(self._next_whole(self._prompt + 1))
+        start = self._done
+        if self._state is None or not self._state.reserve(self._next_whole(start + count), spare=self._d.chunk):
+            self._state, self._late = None, True
+            return False
         codes = np.array(self._codes[start : start + count + self._d.look_ahead], np.int64)
         mel = self._d.extend(self._state, self._voice, codes[:count], codes[count:], chunked=True)
         self._append(mel[:, max(0, self._prompt - start) :])
         self._follow_pitch(final=False)
+        return True
 
     def _next_whole(self, frames: int) -> int:
         """`frames`, filled up to whole chunks."""

@@ -18,6 +18,7 @@ from ming_trt.errors import InputError
 from ming_trt.processing.voice import Voice
 from ming_trt.runtime.engine import Arrays, Engine, OwnMemory, zeros
 from ming_trt.runtime.flow_match import initial_noise
+from ming_trt.runtime.flow_memory import FlowMemory, Share
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,6 +27,8 @@ STEPS = 10
 """Euler steps of the flow."""
 MAX_FRAMES = 15000
 """Frames of the flow's fixed noise: the longest prompt and utterance together (300 s)."""
+MEMORY_BUDGET = 4 << 30
+"""Bytes that the flows of all streams may take together."""
 MAX_KEPT = 2
 """Caches that are kept for utterances to come, where they are in a GPU's memory."""
 
@@ -53,6 +56,13 @@ class PartCaches:
         for name, spec in past.items():
             shape = [size if isinstance(size, int) else self.capacity for size in spec.shape[1:]]
             self._arrays[name] = self._zeros((rows, *shape), spec.dtype)
+
+    def size(self, capacity: int) -> int:
+        """Bytes with room for `capacity` frames."""
+        return sum(
+            array.nbytes // self.capacity * capacity if name in self._in_place else array.nbytes
+            for name, array in self._arrays.items()
+        )
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` frames."""
@@ -100,6 +110,7 @@ class FlowState:
 
     def __init__(self, encoder: Engine, estimator: Engine, capacity: int, parts: bool) -> None:
         self.length = 0
+        self.share: Share | None = None
         self.encoder = PartCaches(encoder, 1, capacity)
         sets = [PartCaches(estimator, 2, capacity, keep=parts) for _ in range(STEPS if parts else 1)]
         self.steps = sets if parts else sets * STEPS
@@ -108,7 +119,7 @@ class FlowState:
     def again(cls, caches: Sequence[PartCaches]) -> FlowState:
         """A state for another utterance in the caches of one that is over: the encoder's, then one for each step."""
         state = cls.__new__(cls)
-        state.length = 0
+        state.length, state.share = 0, None
         state.encoder, *state.steps = caches
         for each in caches:
             each.restart()
@@ -119,13 +130,20 @@ class FlowState:
         """Frames that there is room for."""
         return self.encoder.capacity
 
-    def reserve(self, frames: int, spare: int = 0) -> None:
+    def size(self, capacity: int) -> int:
+        """Bytes with room for `capacity` frames."""
+        return sum(caches.size(capacity) for caches in (self.encoder, *dict.fromkeys(self.steps)))
+
+    def reserve(self, frames: int, spare: int = 0) -> bool:
         """Makes room for `frames` in all, and for `spare` more if there is none yet. A run takes time for all the room
-        that there is, so little is better than doubling."""
+        that there is, so little is better than doubling. False if the memory of all streams has no room for it."""
         if frames <= self.capacity:
-            return
+            return True
+        if self.share is not None and not self.share.grow(self.size(frames + spare)):
+            return False
         for caches in (self.encoder, *self.steps):
             caches.grow(frames + spare)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +157,18 @@ class VocoderFrames:
 
 
 class Detokenizer:
-    """The engines `ENGINES` and the numbers that their builders recorded (`facts`), both by engine name."""
+    """The engines `ENGINES` and the numbers that their builders recorded (`facts`), both by engine name; `budget` bytes
+    for the flows of all streams."""
 
     ENGINES = ("flow_encoder", "flow_estimator", "f0_predictor", "vocoder")
 
-    def __init__(self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]], budget: int = MEMORY_BUDGET
+    ) -> None:
         self._encoder, self._estimator, self._pitch, self._vocoder = (engines[name] for name in self.ENGINES)
+        self.memory = FlowMemory(budget)
         self._lock = threading.Lock()
+        self._whole = threading.Lock()
         # caches of utterances that are over, the latest MAX_KEPT; by whether they were done in parts
         self._kept = {parts: deque[tuple[PartCaches, ...]](maxlen=MAX_KEPT) for parts in (False, True)}
         self.look_ahead = int(facts["flow_encoder"]["look_ahead"])
@@ -179,6 +202,29 @@ class Detokenizer:
         if isinstance(self._estimator, OwnMemory):
             finalize(state, kept.append, (state.encoder, *state.steps)).atexit = False
         return state
+
+    def stream_state(self, capacity: int) -> FlowState | None:
+        """As `state` in parts, within the budget for all streams; None if that has no room for it."""
+        share = Share(self.memory)
+        if not share.grow(self._frame_bytes * capacity + self._fixed_bytes):
+            return None
+        state = self.state(capacity, parts=True)
+        state.share = share
+        return state
+
+    @cached_property
+    def _fixed_bytes(self) -> int:
+        """Of a stream's state, whatever its capacity."""
+        return 2 * self._smallest.size(1) - self._smallest.size(2)
+
+    @cached_property
+    def _frame_bytes(self) -> int:
+        """Of a stream's state, for each frame of capacity."""
+        return self._smallest.size(2) - self._smallest.size(1)
+
+    @cached_property
+    def _smallest(self) -> FlowState:
+        return self.state(1, parts=True)
 
     def mask(self, state: FlowState, length: int, chunked: bool) -> npt.NDArray[np.bool_]:
         """Who of the next `length` frames sees whom, [1, 1, length, capacity]: everybody what is before the end of the
@@ -269,8 +315,8 @@ class Detokenizer:
         count = len(both) if final else len(both) - self.look_ahead
         if not 0 < count <= MAX_FRAMES:
             raise InputError(f"{count} codes at once: the decoder takes 1 to {MAX_FRAMES}, split the text")
-        state = self.state(count, parts=False)
-        mel = self.extend(state, voice, both[:count], both[count:], chunked=chunked)
+        with self._whole:  # its caches are as large as its utterance is long: one at a time
+            mel = self.extend(self.state(count, parts=False), voice, both[:count], both[count:], chunked=chunked)
         return mel[:, len(voice.flow_codes) + skip :]
 
     def pitch(self, mel: Floats) -> Floats:
