@@ -2,13 +2,15 @@
 
     python benchmarks/speech.py [--threads N] [--seconds S] [--steps N]
 
-Both sides run the same runtime (prompt, sampling, chunks, queues); only what computes a step differs: the bundle's
-engines on ONNX Runtime in float32, or the torch modules with the same weights.
+All sides run the same runtime (prompt, sampling, chunks, queues); only what computes a step differs: the engines of
+preset cpu-int8 on ONNX Runtime (the flow's estimator in 8 bits, the rest in float32), all of them in float32, or the
+torch modules with the same weights.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -49,13 +51,18 @@ from ming_trt.runtime.talker import Talker
 from ming_trt.runtime.voices import Voices
 from ming_trt.speech_config import FlowConfig, TalkerConfig
 
-GOAL = 1.5
+TARGET = 1.5
+OURS, EXACT, EAGER = "ours, estimator int8", "ours, float32", "torch eager, float32"
 ENGINES = ("talker", *Detokenizer.ENGINES)
+ESTIMATOR = "flow_estimator"
 CONCURRENT = (1, 2, 4)
 CODES = 150
 """Codes of the utterance that flow and vocoder turn into audio: 3 s."""
 CLOSE = 1e-3
-"""Largest difference of a sample; full scale is 1."""
+"""Largest difference of a float32 sample from torch's; full scale is 1."""
+FAITHFUL = 15.0
+"""Least signal over error of the mel that the 8-bit estimator leads to, dB."""
+ROUNDS = 2
 _TEXT = "Tyler, Lucy, Michelle, we are going to space, and nobody knows when we shall be back."
 _DEPTHS = (
     "depths: talker 4 layers of 24 and a vocabulary of 1.3 thousand, flow encoder 2 + 1 of 6 + 4, estimator 2 middle "
@@ -70,30 +77,30 @@ def main() -> None:
     )
     threads = cores(options.threads)
     torch.set_num_threads(threads)
-    steps = 60 if options.tiny else options.steps
-    bundle, checkpoint = true_width(options.tiny)
+    steps = 30 if options.tiny else options.steps
+    bundle, quantized, checkpoint = true_width(options.tiny)
     facts = {name: bundle.component(name).facts for name in ENGINES}
-    ours: dict[str, Engine] = {
+    exact: dict[str, Engine] = {
         name: OnnxRuntimeEngine(bundle.model_path(name), name, threads=threads) for name in ENGINES
     }
+    estimator = OnnxRuntimeEngine(quantized.model_path(ESTIMATOR), ESTIMATOR, threads=threads)
     modules = torch_modules(checkpoint)
-    eager: dict[str, Engine] = {name: TorchEngine(modules[name], ours[name]) for name in ENGINES}
-    sides = {"ours": ours, "torch eager float32": eager}
+    eager: dict[str, Engine] = {name: TorchEngine(modules[name], exact[name]) for name in ENGINES}
+    sides = {OURS: {**exact, ESTIMATOR: estimator}, EXACT: exact, EAGER: eager}
     decoders = {name: Detokenizer(engines, facts) for name, engines in sides.items()}
-    voice = Voices.of_assets(bundle.assets, decoders["ours"].mel).named(None, _TEXT)
+    voice = Voices.of_assets(bundle.assets, decoders[EXACT].mel).named(None, _TEXT)
     ceiling = measure_ceiling(threads)
-    goal = 0 if options.tiny else GOAL
     with caches_in_place():
-        rows = flow_and_vocoder(decoders, voice, options.seconds * 0.5, goal)
-        rows += parts(sides, facts, voice, options.seconds * 0.1)
+        rows = flow_and_vocoder(sides, facts, voice, options.seconds, 0 if options.tiny else TARGET)
         with patch.object(talker_runtime, "MIN_STEPS", steps):  # all utterances get equally long
-            speakers = {name: speaker(sides[name], decoders[name], bundle, facts, steps) for name in sides}
-            rows += concurrent(speakers, voice, options.seconds * 0.4)
+            speakers = {name: speaker(sides[name], decoders[name], bundle, facts, steps) for name in (OURS, EAGER)}
+            rows += concurrent(speakers, voice)
     finish("speech", rows, options, ceiling, "" if options.tiny else f"RTF: seconds for a second of audio; {_DEPTHS}")
 
 
-def true_width(tiny: bool) -> tuple[Bundle, Path]:
-    """The mini checkpoint with a speech path as wide as the official one, and its bundle; made unless it is there."""
+def true_width(tiny: bool) -> tuple[Bundle, Bundle, Path]:
+    """The mini checkpoint with a speech path as wide as the official one, its bundle, and one with the estimator in
+    8 bits; made unless they are there."""
     flow: FlowConfig = mini.FLOW
     hift, small = mini.HIFT, mini.talker_config
     talker: Callable[[int, int], TalkerConfig] = small
@@ -113,14 +120,18 @@ def true_width(tiny: bool) -> tuple[Bundle, Path]:
     state = json.dumps([code_version(mini.__name__), repr((flow, hift, talker(0, 0)))])
     mark = folder / "state"
     if not (mark.is_file() and mark.read_text() == state):
-        if folder.is_dir():
-            raise SystemExit(f"'{folder}' is of another state of the code: remove it")
+        shutil.rmtree(folder, ignore_errors=True)  # of another state of the code
         with patch.multiple(mini, FLOW=flow, HIFT=hift, talker_config=talker):
             write_mini(folder / "checkpoint")
         mark.write_text(state)
-    if not build(Options(folder / "checkpoint", folder / "bundle", presets.load("mini-cpu"), ENGINES)).ok:
-        raise SystemExit("the speech engines could not be built: their messages stand above")
-    return Bundle.open(folder / "bundle"), folder / "checkpoint"
+    small_profile = presets.load("mini-cpu").profile
+    for name, preset, engines in (("bundle", "cpu-fp32", ENGINES), ("bundle-int8", "cpu-int8", (ESTIMATOR,))):
+        options = Options(
+            folder / "checkpoint", folder / name, replace(presets.load(preset), profile=small_profile), engines
+        )
+        if not build(options).ok:
+            raise SystemExit("the speech engines could not be built: their messages stand above")
+    return Bundle.open(folder / "bundle"), Bundle.open(folder / "bundle-int8"), folder / "checkpoint"
 
 
 def torch_modules(folder: Path) -> dict[str, torch.nn.Module]:
@@ -184,50 +195,68 @@ def stream(decoder: Detokenizer, voice: Voice, codes: Array) -> Array:
     return np.concatenate(chunks)
 
 
-def check(sounds: Mapping[str, Array]) -> float:
-    """The largest difference of two sides' audio; ends the script if they do not compute the same."""
-    first, *others = sounds.values()
-    error = max(float(np.abs(first - other).max()) for other in others)
-    if not error < CLOSE or np.abs(first).max() < 0.01:
-        raise SystemExit(f"the audio of {list(sounds)} differs by {error:.2g} of full scale: not the same computation")
-    return error
+def check(decoders: Mapping[str, Detokenizer], run: Callable[..., Array], voice: Voice, codes: Array) -> dict[str, Any]:
+    """How far the audio in float32 is from torch's, and the mel of 8 bits from that of float32; ends the script if they
+    do not compute the same."""
+    exact, eager = (run(decoders[name], voice, codes) for name in (EXACT, EAGER))
+    error = float(np.abs(exact - eager).max())
+    ours, right = (decoders[name].to_mel(voice, codes, chunked=False, final=True) for name in (OURS, EXACT))
+    ratio = float(10 * np.log10(np.square(right - right.mean()).sum() / np.square(ours - right).sum()))
+    if not error < CLOSE or np.abs(exact).max() < 0.01 or not ratio > FAITHFUL:
+        raise SystemExit(
+            f"the audio in float32 differs from torch's by {error:.2g} of full scale, the mel of the 8-bit estimator "
+            f"is {ratio:.1f} dB from that of float32: not the same computation"
+        )
+    return {"error": error, "mel_dB": ratio}
 
 
 def some_codes(decoder: Detokenizer) -> Array:
     return np.random.default_rng(1).integers(0, decoder.vocabulary, CODES)
 
 
-def flow_and_vocoder(decoders: Mapping[str, Detokenizer], voice: Voice, seconds: float, goal: float) -> list[Row]:
-    """Flow + vocoder over one utterance, at once and in chunks; the goal is for both."""
-    rows = []
-    codes = some_codes(decoders["ours"])
-    for way, run in {"at once": decode, "in chunks": stream}.items():
-        work: dict[str, Work] = {name: partial(run, decoder, voice, codes) for name, decoder in decoders.items()}
-        error = check({name: run(decoder, voice, codes) for name, decoder in decoders.items()})
-        mine, other = interleave(work, seconds / 2, repeats=1, warmup=0).values()
-        row = against(mine, [other], f"flow + vocoder, {CODES / 50:g} s {way}", goal)
-        row.more |= {"RTF": mine.median / (CODES / 50), "its RTF": other.median / (CODES / 50), "error": error}
-        rows.append(row)
-    return rows
-
-
-def parts(
-    sides: Mapping[str, Mapping[str, Engine]], facts: Mapping[str, Mapping[str, Any]], voice: Voice, seconds: float
+def flow_and_vocoder(
+    sides: Mapping[str, Mapping[str, Engine]],
+    facts: Mapping[str, Mapping[str, Any]],
+    voice: Voice,
+    seconds: float,
+    target: float,
 ) -> list[Row]:
-    """Where the time of one utterance goes: the runs of each engine while it is decoded at once."""
-    rows: list[Row] = []
+    """Flow + vocoder over one utterance, at once and in chunks, as preset cpu-int8 builds them and in float32; and how
+    long each engine ran while it was decoded at once."""
+    rows, length = [], CODES / 50
     watches = {side: {name: Stopwatch(engine) for name, engine in engines.items()} for side, engines in sides.items()}
     decoders = {side: Detokenizer(engines, facts) for side, engines in watches.items()}
-    codes = some_codes(decoders["ours"])
-    work: dict[str, Work] = {side: partial(decode, decoder, voice, codes) for side, decoder in decoders.items()}
-    interleave(work, seconds, repeats=1, warmup=0)
+    codes = some_codes(decoders[EXACT])
+    ways: dict[str, Callable[..., Array]] = {"at once": decode, "in chunks": stream}
+    for way, run in ways.items():
+        differences = check(decoders, run, voice, codes)
+        for watch in (watch for engines in watches.values() for watch in engines.values()):
+            watch.seconds.clear()
+        work: dict[str, Work] = {name: partial(run, decoder, voice, codes) for name, decoder in decoders.items()}
+        times = interleave(work, seconds / 2, repeats=1, warmup=0)
+        for name, kind in ((OURS, "estimator int8"), (EXACT, "float32")):
+            what = f"flow + vocoder, {length:g} s {way}, {kind}"
+            row = against(times[name], [times[EAGER]], what, target if name == OURS else 0)
+            row.more |= {"RTF": times[name].median / length, "its RTF": times[EAGER].median / length, **differences}
+            rows.append(row)
+        if way == "at once":
+            parts = engine_rows(watches)
+    return [*rows, *parts]
+
+
+def engine_rows(watches: Mapping[str, Mapping[str, Stopwatch]]) -> list[Row]:
+    """Where the time of one utterance at once goes."""
+    rows: list[Row] = []
     for name in Detokenizer.ENGINES:
-        runs = STEPS if name == "flow_estimator" else 1
-        mine, other = (
-            Measurement(side, tuple(np.reshape(watch[name].seconds, (-1, runs)).sum(axis=1)))
+        runs = STEPS if name == ESTIMATOR else 1
+        times = {
+            side: Measurement(side, tuple(np.reshape(watch[name].seconds, (-1, runs)).sum(axis=1)))
             for side, watch in watches.items()
-        )
-        rows.append(against(mine, [other], f"{name}, {runs} run{'s' if runs > 1 else ''} of it"))
+        }
+        count = f"{name}, {runs} run{'s' if runs > 1 else ''} of it"
+        rows.append(against(times[EXACT], [times[EAGER]], count))
+        if name == ESTIMATOR:
+            rows.append(against(times[OURS], [times[EAGER]], f"{count}, int8"))
     return rows
 
 
@@ -264,20 +293,22 @@ def speaker(
     return Speech(Talker(engines["talker"], entries, tokens, max_steps=steps), decoder, codec, entries)
 
 
-def concurrent(speakers: Mapping[str, Speech], voice: Voice, seconds: float) -> list[Row]:
+def concurrent(speakers: Mapping[str, Speech], voice: Voice) -> list[Row]:
     """Talker, flow and vocoder for several requests at once: the time to the first audio and until all is there."""
     rows = []
     for count in CONCURRENT:
         loads = {name: Load(speech, voice, count) for name, speech in speakers.items()}
-        interleave(dict(loads), seconds * count / sum(CONCURRENT), repeats=1, warmup=0)
-        mine, other = loads.values()
+        for turn in range(ROUNDS):
+            for load in list(loads.values())[:: -1 if turn % 2 else 1]:
+                load()
+        mine, other = loads[OURS], loads[EAGER]
         if mine.audio != other.audio:
             raise SystemExit(f"the sides spoke {mine.audio:.2f} s and {other.audio:.2f} s: not the same computation")
         what = f"{count} request{'s' if count > 1 else ''}"
-        peers = list(loads)[1]
-        first = against(Measurement("ours", tuple(mine.first)), [Measurement(peers, tuple(other.first))], "")
-        done = against(Measurement("ours", tuple(mine.done)), [Measurement(peers, tuple(other.done))], "")
-        first.what, done.what = f"first audio, {what}", f"all audio, {what}"
+        first, done = (
+            against(Measurement(OURS, tuple(own)), [Measurement(EAGER, tuple(its))], f"{which} audio, {what}")
+            for which, own, its in (("first", mine.first, other.first), ("all", mine.done, other.done))
+        )
         for row, own in ((done, mine), (done, other)):
             row.more["RTF" if own is mine else "its RTF"] = float(np.median(own.done)) * count / own.audio
         done.more["audio_s"] = mine.audio / count
