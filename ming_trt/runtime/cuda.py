@@ -44,7 +44,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "cudaStreamBeginCapture": ("stream", "mode"),
     "cudaStreamEndCapture": ("stream",),
     "cudaGraphInstantiate": ("graph", "flags"),
-    "cudaGraphUpload": ("graphExec", "stream"),
     "cudaGraphLaunch": ("graphExec", "stream"),
     "cudaGraphDestroy": ("graph",),
     "cudaGraphExecDestroy": ("graphExec",),
@@ -274,7 +273,6 @@ class Stream:
             raise CaptureError(str(error)) from None
         finally:
             call("cudaGraphDestroy", graph)
-        call("cudaGraphUpload", executable, self._stream)
         self._graphs.add(int(executable))
         return executable
 

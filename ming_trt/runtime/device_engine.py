@@ -286,7 +286,10 @@ class DeviceEngine:
         capture = self._capture and call.profile == CAPTURED_PROFILE and call.runs > 1 and not call.refused
         if capture and call.own is None:
             # A graph holds for the state of its context: other runs may not change that, so it has one to itself.
-            call.own = self._context(plan, call.profile)
+            try:
+                call.own = self._context(plan, call.profile)
+            except EngineError as error:
+                capture = self._refuse(call, error)
         chosen = call.own or self._contexts[call.profile]
         self._run(chosen, call)
         # Only now has the context settled for these shapes; capturing runs nothing.
@@ -294,11 +297,16 @@ class DeviceEngine:
             try:
                 call.graph = self._queue.capture(lambda: self._enqueue(chosen.context, call))
             except CaptureError as error:
-                call.refused, call.own = True, None
-                self.counts.refused[str(error)] += 1
+                self._refuse(call, error)
             else:
                 call.bases = bases
                 self.counts.captured += 1
+
+    def _refuse(self, call: _Call, error: EngineError) -> bool:
+        """Notes why runs of this kind are not captured; always false."""
+        call.refused, call.own = True, None
+        self.counts.refused[str(error)] += 1
+        return False
 
     def _run(self, place: _Site, call: _Call) -> None:
         """Runs piece by piece, and waits."""

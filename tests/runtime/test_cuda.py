@@ -155,9 +155,6 @@ class Runtime:
         self.alive += 1
         return OK, real.cudaGraphExec_t(number)
 
-    def do_GraphUpload(self, executable: Any, stream: Any) -> tuple[Any, ...]:
-        return (OK,)
-
     def do_GraphLaunch(self, executable: Any, stream: Any) -> tuple[Any, ...]:
         for work in self.executables[int(executable)]:
             work()

@@ -147,6 +147,23 @@ def test_what_cannot_be_captured_runs_piece_by_piece_and_is_counted(model: Path)
     assert engine.counts.refused == {queue.fail_capture: 1}
 
 
+def test_a_graph_without_a_context_of_its_own_is_not_captured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _, plan = opened(model, capture=True)
+    cache = engine.zeros((1, 1, 8, WIDTH), np.float32)
+    make = plan.context
+
+    def once(profile: int, queue: HostQueue) -> OrtContext:
+        if plan.contexts:
+            raise EngineError("TensorRT cannot make an execution context (out of memory)")
+        return make(profile, queue)
+
+    monkeypatch.setattr(plan, "context", once)
+    for step in range(4):
+        result = engine.run(feeds(cache, 1, at=step), ["y"], {"present": cache})
+        np.testing.assert_array_equal(result["y"], 1 + WIDTH * (step + 1))
+    assert engine.counts.captured == 0 and sum(engine.counts.refused.values()) == 1
+
+
 def test_graphs_are_bounded_and_the_oldest_go(model: Path) -> None:
     engine, queue, _ = opened(model, capture=True, max_calls=3)
     cache = engine.zeros((1, 1, 8, WIDTH), np.float32)

@@ -174,7 +174,6 @@ def test_cuda_takes_our_arguments() -> None:
         "cudaStreamBeginCapture": (stream, mode),
         "cudaStreamEndCapture": (stream,),
         "cudaGraphInstantiate": (runtime.cudaGraph_t(7), 0),
-        "cudaGraphUpload": (graph, stream),
         "cudaGraphLaunch": (graph, stream),
         "cudaGraphDestroy": (runtime.cudaGraph_t(7),),
         "cudaGraphExecDestroy": (graph,),
