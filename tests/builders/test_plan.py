@@ -36,7 +36,7 @@ def test_weights_are_those_of_the_bundle(checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu-fp32", "cpu-int8", "cpu-int4"])
+@pytest.mark.parametrize("name", ["cpu-fp32", "cpu-int8", "cpu-int4", "cpu-w8a8"])
 def test_weights_of_real_engines_within_one_percent(tmp_path: Path, name: str) -> None:
     preset = presets.load(name)
     only = ("vision_encoder", "llm")
