@@ -27,8 +27,8 @@ __all__ = ["EnginePlan", "Item", "Plan", "gib", "plan"]
 # Resident memory of torch, onnx and ONNX Runtime in an export, before they hold a weight, and what each one leaves
 # behind. Measured (benchmarks/memory.py).
 _BUILD_BASE, _EXPORT_LEAVES = 430 * 2**20, 11 * 2**20
-# The exporter holds the largest tensor as stored, mostly in bfloat16, and as float32.
-_COPIES = 1.6
+# The exporter holds the largest tensor as stored (mostly bfloat16) and as float32, a transposed one for a while twice.
+_COPIES = 1.9
 # Exporting to TensorRT-LLM goes matrix by matrix; calibration and gate too, measured at the official widths.
 _RANKS_PEAK = 2**30
 # TensorRT-LLM's builder holds a rank's weights as read and as constants of the network. Read, not measured.
@@ -81,7 +81,8 @@ def plan(
 
     `memory_limit` bytes of memory to fit into: 0 takes the preset's device memory or, on a CPU target, what this
     machine has free; a GPU that the preset does not describe is not compared with. `gpus`, `experts`: tensor and
-    expert parallel sizes. `Plan.problem` says what does not fit; nothing is raised for that. Raises `MingError` for a checkpoint or selection that cannot be built.
+    expert parallel sizes. `Plan.problem` says what does not fit; nothing is raised for that. Raises `MingError` for a
+    checkpoint or selection that cannot be built.
     """
     _check_selection(preset, only, gpus, experts)
     with checkpoint_folder(folder) as place:
@@ -139,7 +140,7 @@ def _plan(
     # what a GPU has cannot be seen here, unless the preset says it
     limit = memory_limit or preset.device_memory or (available_memory() if preset.target == "onnxruntime" else 0)
     built = _engine_of_ranks(made, preset, only)
-    build_peak, gate_peak = _peaks(made, built, preset)
+    build_peak, gate_peak = _peaks(made, built, preset, memory_limit or available_memory())
     weights = sum(engine.weight_bytes for engine in made)
     return Plan(
         checkpoint=label,
@@ -179,17 +180,22 @@ def _engine_of_ranks(engines: list[EnginePlan], preset: Preset, only: tuple[str,
     return tuple(replace(engine, name=trtllm.ENGINE, inputs={}, profiles=(), parameters=0) for engine in found)
 
 
-def _peaks(engines: list[EnginePlan], built: tuple[EnginePlan, ...], preset: Preset) -> tuple[int, int]:
-    """Peak of host memory of the build's steps, and of its gates; `built` are the engines of TensorRT-LLM."""
+def _peaks(engines: list[EnginePlan], built: tuple[EnginePlan, ...], preset: Preset, memory: int) -> tuple[int, int]:
+    """Peak of host memory of the build's steps, and of its gates in `memory` bytes; `built` are the engines of
+    TensorRT-LLM."""
     exported = [engine for engine in engines if engine.name != trtllm.NAME]
     base = _BUILD_BASE + _EXPORT_LEAVES * len(exported)
     peaks = [base + int(_COPIES * engine.largest_tensor_bytes) for engine in exported]
     if preset.target == trtllm.TARGET:
         peaks += [_RANKS_PEAK, *(_BUILDER_COPIES * engine.weight_bytes_per_gpu for engine in built)]
         return max(peaks), _RANKS_PEAK
-    # the definition is there while the engine runs, on inputs that are small beside the weights
-    compare = max(engine.reference_bytes + engine.weight_bytes for engine in engines)
-    return max(peaks), base + (compare if preset.target == "onnxruntime" else 0)
+    if preset.target != "onnxruntime":
+        return max(peaks), base
+    # The definition in float32 is there while the engine runs, on inputs that are small beside the weights. Only one
+    # that does not fit is read layer by layer.
+    wholes = ((engine, 4 * engine.parameters) for engine in engines)
+    held = ((engine, whole if whole <= memory else engine.reference_bytes) for engine, whole in wholes)
+    return max(peaks), base + max(size + engine.weight_bytes for engine, size in held)
 
 
 def _seconds(engines: list[EnginePlan], preset: Preset) -> float:
