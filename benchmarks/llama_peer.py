@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import llama_worker
 import numpy as np
 from harness import (
     CACHE,
@@ -187,7 +189,8 @@ def alike(ours: OurStep, theirs: Llama, model: LLMConfig, tokens: int = 32, prom
 
 def gguf_file(python: str, model: LLMConfig, label: str) -> Path:
     """A `bailingmoe` file with the weights of `RandomCheckpoint`, matrices in format `label`; made once."""
-    key = json.dumps(asdict(model), sort_keys=True) + label + WORKER.read_text() + Path(__file__).read_text()
+    code = "".join(map(inspect.getsource, (_settings, _tensors, _paired, llama_worker.write)))
+    key = json.dumps(asdict(model), sort_keys=True) + label + code
     file = CACHE / f"llama-{label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}" / "model.gguf"
     if file.is_file():
         return file
