@@ -13,21 +13,26 @@ import numpy as np
 import pytest
 import torch
 
+from builders.audit import audit
 from builders.build import Options, build
 from builders.calibration import MODALITIES, Sample, calibrate
 from builders.calibration_samples import SYNTHETIC, Source, choose, load
 from builders.steps import Outcome
 from builders.trtllm import kv_bytes, kv_precision
 from ming_trt import presets
-from ming_trt.bundle import PASSED, Bundle, files_below
+from ming_trt.bundle import NOT_RUN, PASSED, Bundle, files_below
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import load_config
-from ming_trt.errors import BuildError, MingError
+from ming_trt.errors import BuildError, BundleError, MingError
 from ming_trt.models.llm import MingLLM, trace, weight_map
 from ming_trt.models.weights import load_weights
 from ming_trt.presets import Preset
+from ming_trt.runtime.stages import llm_options
+from ming_trt.trtllm import stamp
 from ming_trt.trtllm.contract import check_checkpoint
+from ming_trt.trtllm.open import open_service
 from tests.conftest import UNDERSTANDING
+from tests.trtllm import fake_library
 
 GOLDEN = UNDERSTANDING / "checkpoint"
 ONLY = ("llm-checkpoint",)
@@ -37,7 +42,7 @@ def preset(precision: str = "bf16", **changes: Any) -> Preset:
     return dataclasses.replace(presets.load("h200-fp8").with_options(precision=precision), **changes)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp8"])
 def test_build_and_again(tmp_path: Path, precision: str) -> None:
     """The gate passes, the network asks for just these weights, a second build does nothing."""
     options = Options(GOLDEN, tmp_path / "bundle", preset(precision), ONLY, tensor_parallel=2, expert_parallel=2)
@@ -55,6 +60,33 @@ def test_build_and_again(tmp_path: Path, precision: str) -> None:
         assert entry.facts["calibration"]["data"]["source"] == SYNTHETIC
         assert set(entry.facts["calibration"]["data"]["tokens"]) == set(MODALITIES.values())
     assert {result.outcome for result in build(options).results.values()} == {Outcome.NOOP}
+
+
+def test_engine_is_part_of_the_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With (a stand-in for) the library the build goes on to the engine, which the manifest lists as `llm`."""
+    log = fake_library.write(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("FAKE_LIBRARY_LOG", str(log))
+    monkeypatch.setattr(stamp, "gpu_capability", lambda index=0: "sm90")
+    options = Options(GOLDEN, tmp_path / "bundle", preset("bf16"), ("llm-engine",), tensor_parallel=2)
+    report = build(options)
+    assert report.ok and report.verdict == NOT_RUN
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.check() == [] and set(bundle.manifest.components) == {"llm-checkpoint", "llm"}
+    llm = bundle.component("llm")
+    assert (llm.target, llm.verdict, llm.rung) == ("tensorrt-llm", NOT_RUN, "compiled")
+    assert bundle.component("llm-checkpoint").verdict == PASSED
+    files = {path.name for path in bundle.model_path("llm").iterdir()}
+    assert files == {"config.json", "build.log", "rank0.engine", "rank1.engine"}
+    outcomes = {name: str(result.outcome) for name, result in build(options).results.items()}
+    assert set(outcomes) >= {"assets", "llm-checkpoint", "gate:llm-checkpoint", "llm-engine", "gate:llm-engine"}
+    assert outcomes.pop("rope_table") == outcomes.pop("gate:rope_table") == "SKIPPED"
+    assert set(outcomes.values()) == {"NOOP"} and log.read_text().split() == ["0", "1"]
+    assert audit(bundle, GOLDEN, ("llm",))[0].gate.verdict == NOT_RUN
+    # the engine is opened by what the manifest says: a budget that cannot hold a request is refused before the GPU
+    with pytest.raises(BundleError, match=r"a kv_budget of 0 MiB holds \d+ tokens"):
+        open_service(bundle, dataclasses.replace(llm_options(bundle), kv_budget=1 << 16))
 
 
 def _refused(tmp_path: Path, sentence: str, chosen: Preset, **options: Any) -> None:
@@ -195,42 +227,79 @@ def test_prepared_prompts_of_a_folder(tmp_path: Path) -> None:
         load(choose(tmp_path, GOLDEN), config, checkpoint)
 
 
+def samples_of_one_prompt(folder: Path, checkpoint: Path = GOLDEN) -> Path:
+    """A calibration folder with a few tokens of each modality: all steps run, and calibration takes no time."""
+    config = load_config(checkpoint)
+    folder.mkdir()
+    np.savez(
+        folder / "a.npz",
+        input_ids=np.array([5, config.tokens.image_patch, config.tokens.audio_patch, 7]),
+        modality=np.array([0, 1, 2, 0]),
+        positions=np.tile(np.arange(4), (3, 1)),
+        feature_index=np.array([-1, 0, 1, -1]),
+        features=np.ones((2, config.llm.hidden_size), np.float32),
+    )
+    return folder
+
+
 FORKS = """
-import os, random, signal, sys, time
+import os, random, signal, sys
 from pathlib import Path
 from builders.build import Options, build
+from builders.steps import Silent
+from builders.trtllm_file import TensorFiles
 from ming_trt import presets
 import builders.trtllm_verify, builders.calibration_samples, builders.trtllm_write
 
-def run():
-    preset = presets.load("h200-fp8")
-    build(Options(Path({source!r}), Path({out!r}), preset, ("llm-checkpoint",), tensor_parallel=2))
+left = 0
 
-random.seed(11)
+def change(*_):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Notes(Silent):
+    def note(self, step, text):
+        change()
+
+def run(out):
+    preset, samples = presets.load("h200-fp8"), Path({samples!r})
+    build(Options(Path({source!r}), Path(out), preset, ("llm-checkpoint",), 0, samples, 2), Notes(), change)
+
+for name in ("write", "finish"):
+    def counted(*args, plain=getattr(TensorFiles, name)):
+        change()
+        return plain(*args)
+    setattr(TensorFiles, name, counted)
+run({whole!r})
 killed = 0
 for attempt in range(10):
+    # dies before its n-th change: a line of the journal, a layer of calibration, a part of a tensor, a rename; soon at
+    # first, since what is finished stays finished
+    left = random.Random(attempt).randint(1, 40 if attempt > 3 else 9)
     child = os.fork()
     if child == 0:
-        run()
+        run({out!r})
         os._exit(0)
-    time.sleep(random.uniform(0.02, 0.6))
-    os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-run()
+left = 0
+run({out!r})
 print(killed)
 """
 
 
 @pytest.mark.slow
 def test_a_build_killed_ten_times_gives_the_same_bundle(tmp_path: Path) -> None:
-    """Kills fall into digests, calibration, writing, publication and gate. Every file but the journal is equal."""
-    options = Options(GOLDEN, tmp_path / "whole", presets.load("h200-fp8"), ONLY, tensor_parallel=2)
-    build(options)
-    script = FORKS.format(source=str(GOLDEN), out=str(tmp_path / "killed"))
+    """Kills fall into calibration, writing, publication and gate. Every file but the journal is equal."""
+    samples = samples_of_one_prompt(tmp_path / "samples")
+    paths = {"source": GOLDEN, "whole": tmp_path / "whole", "out": tmp_path / "killed", "samples": samples}
+    script = FORKS.format(**{name: str(path) for name, path in paths.items()})
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], timeout=300, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= 3
+    # what is finished stays finished, so the last attempts may find too little left to die in
+    assert int(done.stdout.split()[-1]) >= 8
     names = [name for name in files_below(tmp_path / "whole") if not name.startswith(".")]
     assert names == [name for name in files_below(tmp_path / "killed") if not name.startswith(".")]
     assert len(names) >= 5
@@ -240,37 +309,31 @@ def test_a_build_killed_ten_times_gives_the_same_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_at_the_official_widths(tmp_path: Path) -> None:
-    """Two layers of 1.1 GiB each, calibrated, exported and read back, within 1 GiB, a quarter of the default limit: a
-    step that held a whole layer would fail."""
+    """Two layers of 280 MiB, calibrated, exported and read back, within 840 MiB: a step that held a whole layer in
+    float32 (550 MiB) beside the 400 MiB of the process would fail. The benchmark has the official number of experts."""
     root = Path(__file__).parents[2]
     script = (
         "import sys; sys.path.insert(0, 'benchmarks'); import trtllm_export; from pathlib import Path; "
-        f"trtllm_export.make(Path({str(tmp_path / 'wide')!r}), 2)"
+        "config = trtllm_export.config(2); config['llm_config']['num_experts'] = 16; "
+        f"trtllm_export.config = lambda layers: config; trtllm_export.make(Path({str(tmp_path / 'wide')!r}), 2)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+    samples = samples_of_one_prompt(tmp_path / "samples", tmp_path / "wide")
     command = [sys.executable, "-m", "ming_trt", "build", str(tmp_path / "wide"), "-o", str(tmp_path / "bundle")]
-    command += ["--only", "llm-checkpoint", "--precision", "fp8", "--max-host-memory", "1GiB", "--tp", "2"]
+    command += ["--only", "llm-checkpoint", "--precision", "fp8", "--max-host-memory", "840MiB", "--tp", "2"]
+    command += ["--calibration", str(samples)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (tmp_path / "bundle" / ".journal").read_text().splitlines()]
     peaks = {event["step"]: event["peak_bytes"] for event in events if event["event"] == "built"}
     assert set(peaks) == {"assets", "llm-calibration", "llm-checkpoint", "gate:llm-checkpoint"}
-    assert max(peaks.values()) < 2**30, peaks
+    assert max(peaks.values()) < 840 << 20, peaks
 
 
 def test_changed_samples_are_noticed(tmp_path: Path) -> None:
     """The shortcut of an unchanged build looks at the calibration folder too."""
-    config = load_config(GOLDEN)
-    arrays = {
-        "input_ids": np.array([5, config.tokens.image_patch, config.tokens.audio_patch, 7]),
-        "modality": np.array([0, 1, 2, 0]),
-        "positions": np.tile(np.arange(4), (3, 1)),
-        "feature_index": np.array([-1, 0, 1, -1]),
-        "features": np.ones((2, config.llm.hidden_size), np.float32),
-    }
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    np.savez(folder / "a.npz", **arrays)
+    folder = samples_of_one_prompt(tmp_path / "samples")
+    arrays = dict(np.load(folder / "a.npz"))
     options = Options(GOLDEN, tmp_path / "bundle", preset("fp8"), ONLY, calibration=folder)
     first = build(options).results["llm-calibration"].record
     np.savez(folder / "a.npz", **{**arrays, "features": 9 * arrays["features"]})
