@@ -87,14 +87,24 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     np.testing.assert_array_equal(tensorrt_gate._floats(spec, bits), expected.float().numpy())
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder, checkpoint = tmp_path_factory.mktemp(NAME), GENERATION / "checkpoint"
+    return folder, {**component(NAME).export(load_config(checkpoint), Checkpoint(checkpoint), folder, ExportOptions())}
+
+
 @pytest.mark.parametrize(("fault", "verdict"), [(0.0, PASSED), (0.1, FAILED)])
 def test_the_verdict_is_of_the_plan_that_ran(
-    fault: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: float,
+    verdict: str,
+    exported: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = GENERATION / "checkpoint"
     config, made, preset = load_config(checkpoint), component(NAME), presets.load("rtx")
-    facts: dict[str, Any] = {**made.export(config, Checkpoint(checkpoint), tmp_path, ExportOptions())}
-    model = onnx.load(tmp_path / "model.onnx")
+    source, facts = exported[0], dict(exported[1])
+    model = onnx.load(source / "model.onnx")
     bias = next(each for each in model.graph.initializer if each.name.endswith("bias") and len(each.dims) == 1)
     changed = onnx.numpy_helper.to_array(bias) + np.float32(fault)
     bias.CopyFrom(onnx.numpy_helper.from_array(changed, bias.name))
