@@ -109,7 +109,12 @@ def test_planted_fault_is_named(checkpoint: Path, part: str) -> None:
     alpha, beta = audit(Bundle.open(checkpoint.parent / "bundle"), checkpoint, layers=True)
     assert alpha.gate.verdict == PASSED and alpha.first_divergence == ""
     assert beta.gate.verdict == FAILED and beta.first_divergence == f"/{part}"
-    assert f"First divergence: /{part}" in page(report_document([alpha, beta]))
+    shown = page(report_document([alpha, beta]))
+    assert f"First divergence: /{part}" in shown
+    # one plot for each engine; red dots are the modules that differ
+    wrong = sum(layer.verdict != PASSED for layer in beta.layers)
+    assert shown.count("<svg ") == 2 and shown.count("fill='#b00020'") == wrong > 0
+    assert shown.count("<circle ") == len(alpha.layers) + len(beta.layers)
 
 
 def test_bundle_of_other_weights(bundle: Bundle, checkpoint: Path) -> None:
