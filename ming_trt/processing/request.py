@@ -301,6 +301,10 @@ def _check_speak(request: Request) -> None:
         raise InputError("'speak' comes together with 'draw': a picture has no text to speak, leave one of them out")
     if request.speak.voice and request.speak.voice_text:
         raise InputError("'voice' names a preset and 'voice_text' belongs to a reference clip: leave one of them out")
+    if request.speak.ahead and not request.lease:
+        raise InputError(
+            "'ahead' lets the sound wait for its client, so a client that is gone must be noticed: set 'lease'"
+        )
     if request.speak.read and (request.task is not None or request.thinking):
         other = "thinking" if request.thinking else "task"
         raise InputError(f"'speak' says to read the text itself, so '{other}' has no meaning: leave '{other}' out")

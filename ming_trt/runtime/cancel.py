@@ -2,10 +2,11 @@
 
 Triton does not tell a running step of an ensemble that the client has gone. So whoever knows (the `cancel` model)
 writes it here, and the stages that loop look between two steps. A *lease* ends a request by itself unless it is
-renewed.
+renewed. A client that listens also says how much sound it has taken.
 
 `ID.cancel` exists once the request is cancelled; the modification time of `ID.lease` is the lease's end. Both are times
-of the monotonic clock, which all processes of a machine share and nobody sets.
+of the monotonic clock, which all processes of a machine share and nobody sets. The size of `ID.heard`, a file without
+content, is the milliseconds of sound that the client has taken.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ class CancelBoard:
         """From now on the request ends in `seconds` unless it is renewed again. A cancelled request stays cancelled."""
         self._stamp(self._path(request_id, "lease"), time.monotonic() + seconds)
 
+    def hear(self, request_id: str, seconds: float) -> None:
+        """The client has taken `seconds` of the answer's sound in all."""
+        self._stamp(self._path(request_id, "heard"), time.monotonic(), size=int(1000 * seconds))
+
+    def heard(self, request_id: str) -> float:
+        """Seconds of sound that the client has taken; 0 before it said anything."""
+        try:
+            return self._path(request_id, "heard").stat().st_size / 1000
+        except FileNotFoundError:
+            return 0.0
+
     def is_cancelled(self, request_id: str) -> bool:
         """Whether it was cancelled or its lease ran out. Two calls of `stat`, about 2 microseconds each."""
         if self._path(request_id, "cancel").exists():
@@ -56,7 +68,7 @@ class CancelBoard:
 
     def forget(self, request_id: str) -> None:
         """Removes what is known of a request that has ended in all stages."""
-        for kind in ("cancel", "lease"):
+        for kind in ("cancel", "lease", "heard"):
             self._path(request_id, kind).unlink(missing_ok=True)
 
     def sweep(self, keep_seconds: float = _KEEP_SECONDS) -> int:
@@ -74,10 +86,12 @@ class CancelBoard:
         # Ids are the clients': any length, any character.
         return self.folder / f"{hashlib.sha256(request_id.encode()).hexdigest()[:32]}.{kind}"
 
-    def _stamp(self, path: Path, seconds: float) -> None:
+    def _stamp(self, path: Path, seconds: float, size: int = 0) -> None:
         # The time is set before the name appears: a lease must not look as if it had run out.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
         temporary.touch(mode=0o600)
+        if size:
+            os.truncate(temporary, size)
         os.utime(temporary, (seconds, seconds))
         temporary.replace(path)
 

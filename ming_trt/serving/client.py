@@ -31,6 +31,8 @@ from ming_trt.serving.wire import bytes_tensor, infer_request, json_tensor, raw_
 DEFAULT_URL = "localhost:8001"
 # The server ends a request whose client has not been heard of for this long.
 LEASE_S = 15.0
+# Seconds of sound that may be on their way beyond what was read here.
+AHEAD_S = 20.0
 Media = bytes | str | Path
 _CONTROL_TIMEOUT_S = 10.0
 # How long a stream that nobody reads any more may take to end, and how long closing the client waits for that.
@@ -74,7 +76,13 @@ class Answer:
     """
 
     def __init__(
-        self, client: Client, request_id: str, request: Any, lease_s: float, regions: Sequence[Region] = ()
+        self,
+        client: Client,
+        request_id: str,
+        request: Any,
+        lease_s: float,
+        regions: Sequence[Region] = (),
+        ahead_s: float = 0.0,
     ) -> None:
         self.id = request_id
         self.text = ""
@@ -90,6 +98,8 @@ class Answer:
         self._ended = threading.Event()
         self._lost = ""
         self._regions = list(regions)
+        self._ahead_s = ahead_s
+        self._heard_s = self._told_s = 0.0
         self._complete = False
         self._started = time.perf_counter()
         self._call = client._stub.ModelStreamInfer(iter([request]))
@@ -152,6 +162,7 @@ class Answer:
                 delta = self._delta(message.infer_response)
                 if delta is not None:
                     yield delta
+                    self._hear(delta)
             self._complete = True
         except grpc.RpcError as error:
             self._complete, failure = True, self._explain(error)
@@ -161,6 +172,20 @@ class Answer:
             failure = ServeError("the server ended the answer without a finish reason: look into its log")
         if failure is not None:
             raise failure
+
+    def _hear(self, delta: Delta) -> None:
+        """Tells the server how much sound was taken, so that it sends more: the back-pressure of a slow reader."""
+        if not delta.audio or not self._ahead_s:
+            return
+        self._heard_s += len(delta.audio) / 2 / delta.sample_rate
+        if self._heard_s - self._told_s >= self._ahead_s / 4:
+            self._tell()
+
+    def _tell(self) -> None:
+        heard = self._heard_s
+        with contextlib.suppress(MingError):  # it is said again with the next renewal of the lease
+            self._client.control("heard", self.id, heard)
+            self._told_s = heard
 
     def _stop(self) -> None:
         """The end of this answer for its reader; if that is not the end of the stream, it is read to there unseen."""
@@ -220,6 +245,8 @@ class Answer:
                 reply = self._client.control("renew", self.id, lease_s)
             except MingError:
                 continue  # the stream itself reports a server that is gone
+            if self._heard_s > self._told_s:
+                self._tell()
             if reply.get("lost") and not self._ended.is_set():
                 self._lost = f"the server lost request '{self.id}', since its model '{reply['lost']}' died: ask again"
                 self._call.cancel()
@@ -284,6 +311,8 @@ class Client:
         if messages is None:
             messages = _one_turn(text, len(images), len(videos), len(audios), system, video_options or {})
         name = request_id or uuid.uuid4().hex
+        if speak is not None and lease_s > 0:
+            speak = {"ahead": AHEAD_S, **speak}
         body = {"id": name, "messages": list(messages), "thinking": thinking, "task": task, "dialect": dialect}
         body |= {"sampling": dict(sampling or {}), "lease": lease_s, "draw": draw, "speak": speak}
         inputs = {"request": [json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")]}
@@ -298,10 +327,13 @@ class Client:
         outputs = ("text", "state") if draw is None and speak is None else ()
         request = infer_request(ENSEMBLE, inputs, outputs, shared)
         request.id = name.encode("utf-8", "replace").decode()  # by this name Triton's traces and log know it
-        return Answer(self, name, request, lease_s, list(regions.values()))
+        ahead = (speak or {}).get("ahead")
+        ahead_s = float(ahead) if isinstance(ahead, int | float) else 0.0
+        return Answer(self, name, request, lease_s, list(regions.values()), ahead_s)
 
     def control(self, op: str, request_id: str, seconds: float = 0.0) -> dict[str, Any]:
-        """Cancels ("cancel") or renews ("renew") a request of any client by its id; the server's reply."""
+        """Cancels ("cancel") or renews ("renew") a request of any client by its id, or says how many `seconds` of its
+        sound were taken ("heard"); the server's reply."""
         body = json.dumps({"op": op, "id": request_id, "seconds": seconds}).encode()
         request = infer_request("cancel", {"request": [body]}, ("state",))
         try:

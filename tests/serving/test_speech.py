@@ -187,3 +187,44 @@ def test_bad_numbers_become_an_error_that_names_the_stage(mini_bundle: Path, tmp
             client.ask(**CASES["answer"]).read_all()
         assert client.ask("Hello", sampling={"max_tokens": 2}).read_all()
         nobody_works(server)
+
+
+def test_sound_waits_for_a_client_that_says_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client reads and does not report: `ahead` and one chunk come, the rest only after it did."""
+    control, came = client.control, threading.Event()
+
+    def silent(op: str, request_id: str, seconds: float = 0.0) -> dict[str, Any]:
+        return {} if op == "heard" else control(op, request_id, seconds)
+
+    monkeypatch.setattr(client, "control", silent)
+    answer = client.ask(f"{LINE} {LINE} {LINE}", speak={"read": True, "ahead": 0.5}, request_id="deaf")
+    lengths: list[float] = []
+
+    def read() -> None:
+        for delta in answer:
+            if delta.audio:
+                lengths.append(len(delta.audio) / 2 / delta.sample_rate)
+                came.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert came.wait(60)
+    before = 0
+    while before != len(lengths):
+        before = len(lengths)
+        thread.join(1.5)
+    assert thread.is_alive() and sum(lengths[:-1]) < 0.5, "no more than the limit and one chunk"
+    control("heard", "deaf", 3600.0)
+    thread.join(60)
+    assert not thread.is_alive() and answer.finish_reason == "stop" and len(lengths) > before
+
+
+def test_a_slow_reader_gets_everything(client: Client) -> None:
+    deltas = []
+    for delta in client.ask(f"{LINE} {LINE}", speak={"read": True, "ahead": 0.1}):
+        deltas.append(delta)
+    pieces = [delta.state["speech"] for delta in deltas if delta.audio]
+    assert sum(piece["last"] for piece in pieces) >= 2
+    assert sum(len(delta.audio) for delta in deltas) // 2 == deltas[-1].state["audio_samples"] > 0
+    with pytest.raises(InputError, match="set 'lease'"):
+        client.ask(LINE, speak={"read": True, "ahead": 5}, lease_s=0).read_all()

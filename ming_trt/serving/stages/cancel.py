@@ -1,4 +1,4 @@
-"""Model `cancel`: cancels a request, or renews its lease, by its id."""
+"""Model `cancel`: cancels a request, renews its lease, or takes note of what its client has heard, by its id."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read_bytes
 from ming_trt.serving.stages.presence import Presence
 
-OPERATIONS = ("cancel", "renew")
+OPERATIONS = ("cancel", "renew", "heard")
 _SWEEP_EVERY = 1000
 
 
 class CancelStage(Stage):
-    """`request` BYTES [1]: `{"op": "cancel" | "renew", "id": ..., "seconds": ...}` → `state` BYTES [1].
+    """`request` BYTES [1]: `{"op": "cancel" | "renew" | "heard", "id": ..., "seconds": ...}` → `state` BYTES [1].
 
     The state holds `op`, `id` and, for "renew", `lost`: the model whose process died while it worked on the request.
     """
@@ -32,6 +32,8 @@ class CancelStage(Stage):
         state: dict[str, Any] = {"op": operation, "id": request_id}
         if operation == "cancel":
             self._board.cancel(request_id)
+        elif operation == "heard":
+            self._board.hear(request_id, seconds)
         else:
             self._board.renew(request_id, seconds)
             state["lost"] = self._presence.lost(request_id)

@@ -110,7 +110,7 @@ class Speaker:
         return [*found, *session.splitter.finish()] if reply.last else found
 
     def _request(self, session: _Session, found: list[Piece], last: bool) -> dict[str, Array]:
-        body = {key: session.options[key] for key in ("voice", "voice_text", "seed")}
+        body = {key: session.options[key] for key in ("voice", "voice_text", "seed", "ahead")}
         body |= {"id": session.id, "number": session.calls, "pieces": [asdict(piece) for piece in found]}
         # The language of this text decides on the voice, where none is named.
         body |= {"text": session.options["text"] or session.splitter.opening, "last": last}

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ming_trt.errors import CancelledError, EngineError
+from ming_trt.errors import CancelledError, EngineError, UnavailableError
 from ming_trt.processing.speech_text import Piece
 from ming_trt.processing.voice import Voice
 from ming_trt.runtime.audio_contract import to_pcm
 from ming_trt.runtime.cancel import CancelBoard
+from ming_trt.runtime.heard import Allowance
 from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
 from ming_trt.runtime.voices import Voices
 from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json
@@ -19,6 +20,8 @@ from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import CallStream
 
 _POLL_SECONDS = 0.05
+MAX_ANSWERS = 64
+"""Answers that are spoken at the same time: each has two threads and a cache of the talker."""
 # Answers that failed are remembered, as a call for them may still be on its way.
 _REMEMBERED = 1024
 
@@ -36,8 +39,9 @@ class Call:
 class Session:
     """The calls for one answer: their pieces in order for the talker, and whose audio a chunk is."""
 
-    def __init__(self, request_id: str, board: CancelBoard, sample_rate: int) -> None:
+    def __init__(self, request_id: str, board: CancelBoard, sample_rate: int, ahead: float) -> None:
         self.id, self._rate = request_id, sample_rate
+        self._allowance = Allowance(board, request_id, ahead)
         self.open: list[Call] = []
         self._owners: list[Call] = []  # by the number of the piece
         self._calls: dict[int, Call] = {}
@@ -71,7 +75,8 @@ class Session:
             number += 1
 
     def send(self, chunk: SpeechChunk) -> None:
-        """Sends a chunk to the call whose piece it speaks."""
+        """Sends a chunk to the call whose piece it speaks, when the client has room for it. Raises `CancelledError`."""
+        self._allowance.spend(len(chunk.audio) / self._rate)
         call = self._owners[chunk.piece]
         ends = chunk.last and self._owners.index(call) + len(call.pieces) == chunk.piece + 1
         state = {"piece": chunk.piece, "text": chunk.text, "seconds": chunk.seconds, "last": chunk.last}
@@ -83,8 +88,8 @@ class Session:
 
 
 class SpeechStage(Stage):
-    """`request` (JSON: `id`, `number` of the call, `pieces`, `last`, `text`, `voice`, `voice_text`, `seed`); with the
-    first call `thinker_rows` f32 [L, H] and `speech_clip` f32 [n] at 16 kHz, else without rows.
+    """`request` (JSON: `id`, `number` of the call, `pieces`, `last`, `text`, `voice`, `voice_text`, `seed`, `ahead`);
+    with the first call `thinker_rows` f32 [L, H] and `speech_clip` f32 [n] at 16 kHz, else without rows.
 
     Responses: `audio` i16 [n] at the decoder's rate, and `state` (`piece`, its `text`, `seconds` since the first call,
     whether it is the `last` of the piece, and then `codes`; `sample_rate`).
@@ -123,7 +128,10 @@ class SpeechStage(Stage):
                 raise CancelledError(f"the speech of request '{name}' has ended with an error")
             session = self._sessions.get(name)
             if session is None:
-                session = self._sessions[name] = Session(name, self.board, self.speech.sample_rate)
+                if len(self._sessions) >= MAX_ANSWERS:
+                    raise UnavailableError(f"{MAX_ANSWERS} answers are being spoken already: ask again later")
+                session = Session(name, self.board, self.speech.sample_rate, float(body["ahead"]))
+                self._sessions[name] = session
             session.add(call)
         if call.number == 0:
             rows, clip = read(request, "thinker_rows").copy(), read(request, "speech_clip").copy()
