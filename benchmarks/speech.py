@@ -232,12 +232,14 @@ def flow_and_vocoder(
         differences = check(decoders, run, voice, codes)
         for watch in (watch for engines in watches.values() for watch in engines.values()):
             watch.seconds.clear()
-        work: dict[str, Work] = {name: partial(run, decoder, voice, codes) for name, decoder in decoders.items()}
-        times = interleave(work, seconds / 2, repeats=1, warmup=0)
+        work = {name: Clocked(partial(run, decoder, voice, codes)) for name, decoder in decoders.items()}
+        times = interleave(dict(work), seconds / 2, repeats=1, warmup=0)
+        processor = {name: float(np.median(clocked.seconds)) for name, clocked in work.items()}
         for name, kind in ((OURS, "estimator int8"), (EXACT, "float32")):
             what = f"flow + vocoder, {length:g} s {way}, {kind}"
             row = against(times[name], [times[EAGER]], what, target if name == OURS else 0)
             row.more |= {"RTF": times[name].median / length, "its RTF": times[EAGER].median / length, **differences}
+            row.more |= {"processor_ratio": processor[EAGER] / processor[name]}
             rows.append(row)
         if way == "at once":
             parts = engine_rows(watches)
@@ -258,6 +260,20 @@ def engine_rows(watches: Mapping[str, Mapping[str, Stopwatch]]) -> list[Row]:
         if name == ESTIMATOR:
             rows.append(against(times[OURS], [times[EAGER]], f"{count}, int8"))
     return rows
+
+
+class Clocked:
+    """Work with the processor's seconds of every run, all threads together: what other processes on the machine disturb
+    least. For one thread their ratio is that of the times on a quiet machine."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        started = time.process_time()
+        self._work()
+        self.seconds.append(time.process_time() - started)
 
 
 class Stopwatch:
