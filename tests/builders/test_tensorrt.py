@@ -134,6 +134,30 @@ def test_a_missing_plugin_library_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         plugin_libraries()
 
 
+@needs_rtx
+def test_experts_in_fp8_are_a_plugin_if_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from builders.tensorrt_build import PLUGINS_VARIABLE, export_options
+    from ming_trt import presets
+
+    preset = presets.from_dict({"target": RTX, "precision": {"default": "bf16", "llm": "fp8", "dit": "fp8"}}, "mine")
+    monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
+    assert export_options(preset, "llm").lowered == ("SparseMoEFP8",) and not export_options(preset, "talker").lowered
+    library = tmp_path / "libming_plugins.so"
+    library.touch()
+    monkeypatch.setenv(PLUGINS_VARIABLE, str(library))
+    assert export_options(preset, "llm").lowered == ()
+    # what the manifest says of a scheme
+    assert str(export_options(preset, "dit").scheme) == "FP8PerChannel(floats='bf16', steps=(500.0, 750.0, 900.0))"
+
+
+def test_a_library_that_lacks_a_plugin_is_noticed() -> None:
+    stamp = Stamp(RTX, "1", ("sm89",), 1, "", 1)
+    built = Built(stamp, {"PLUGIN_V3": 1}, {}, {}, 0, 1)
+    expect_layers(built, {"ming:MRope": 1}, "llm")
+    with pytest.raises(BuildError, match="1 plugin layers where the graph has 2 nodes"):
+        expect_layers(built, {"ming:MRope": 1, "ming:SparseMoEFP8": 1}, "llm")
+
+
 def test_profiles_follow_the_preset() -> None:
     profile = Profile(max_seq_len=100, slots=3, prefill_chunk=20, max_image_tokens=64, max_audio_frames=500)
     decode, prefill = phases("llm", profile, {})
