@@ -1,10 +1,11 @@
 """How cost grows with the prompt, the cache, the batch, the picture, the video and the recording.
 
 Each series is timed on one engine with few layers of a small width, where overheads show most, or on the host's own
-processing, and fitted as time = a * size^k over its upper half; of the repetitions the tenth percentile counts. Beside
-the measured k stands that of the model's own arithmetic over the same sizes (`ming_trt.models.cost`): of its operations
-or of the bytes that it reads, whichever grows faster; for the host a step for every byte, k = 1. A measured k above it
-by more than 0.15 would be ours to explain.
+processing, and fitted as time = a * size^k over its upper half. Time is processor time of all threads, the tenth
+percentile of the repetitions: what else the machine does hardly changes it. Beside the measured k stands that of the
+model's own arithmetic over the same sizes (`ming_trt.models.cost`): of its operations or of the bytes that it reads,
+whichever grows faster; for the host a step for every byte, k = 1. A measured k above it by more than 0.15 would be ours
+to explain.
 
     python benchmarks/growth.py [--threads N] [--seconds S] [--only NAME]
 """
@@ -12,13 +13,14 @@ by more than 0.15 would be ours to explain.
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import av
 import numpy as np
-from harness import CACHE, Row, Work, arguments, cores, finish, interleave, measure_ceiling
+from harness import CACHE, Row, Work, arguments, cores, finish, measure_ceiling
 from llm_step import OurStep, step_inputs
 from PIL import Image
 from random_model import config, engine_file
@@ -67,7 +69,7 @@ def main() -> None:
     every = [*engines(model, llm, vision, audio, options.tiny), *host(options.tiny)]
     chosen = [series for series in every if options.only in series.name]
     rows = [measured(series, options.seconds / len(chosen), ceiling) for series in chosen]
-    note = f"k: exponent of the fit; one above the model's own by more than {SLACK} is not explained by its arithmetic"
+    note = f"ms of processor time; a k above the model's own by more than {SLACK} is not explained by its arithmetic"
     finish("growth", rows, options, ceiling, note)
 
 
@@ -170,8 +172,7 @@ def host(small: bool) -> list[Series]:
 def measured(series: Series, seconds: float, ceiling: Ceiling) -> Row:
     """The times of one series, its exponent, and that of the model's own arithmetic."""
     sizes = series.sizes
-    times = interleave({str(n): series.work(n) for n in sizes}, seconds, repeats=1, warmup=1)
-    took = [times[str(n)].best for n in sizes]
+    took = processor_seconds([series.work(n) for n in sizes], seconds)
     k, own, least = exponent(sizes, took), 1.0, [float(n) for n in sizes]
     if series.cost is not None:
         costs = [series.cost(n) for n in sizes]
@@ -187,6 +188,20 @@ def measured(series: Series, seconds: float, ceiling: Ceiling) -> Row:
         "model_ms": {str(n): value for n, value in zip(sizes, least, strict=True)},
     }
     return Row(series.name, 1000 * took[-1], more=more)
+
+
+def processor_seconds(works: Sequence[Work], seconds: float) -> list[float]:
+    """Of each work, in turns for about so many seconds, at least three times: the tenth percentile."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in works:
+        work()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for work, own in zip(works, times, strict=True):
+            started = time.process_time()
+            work()
+            own.append(time.process_time() - started)
+    return [float(np.percentile(own, 10)) for own in times]
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:

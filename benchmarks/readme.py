@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import HERE, RESULTS, host_id
-from suite import ratio_plot
+from suite import disturbed, ratio_plot
 
 README, PICTURE = HERE.parent / "README.md", HERE.parent / "docs" / "images" / "benchmarks.svg"
 BEGIN, END = "<!-- measured: benchmarks/readme.py writes this -->", "<!-- /measured -->"
@@ -62,6 +62,7 @@ def section(merged: Mapping[str, Any], source: Path) -> str:
         f"{packages['onnxruntime']}). Each ratio is of medians within one run: same weights, same threads, candidates "
         "in turns; the interval is a 95 % bootstrap. The peer is the best of those that "
         "[docs/bench.md](docs/bench.md) names.",
+        *(["", f"**{warning}**"] if (warning := disturbed(merged)) else []),
         "",
         "| what | ours | peer | ratio | asked |",
         "| --- | --- | --- | --- | --- |",

@@ -224,6 +224,7 @@ def page(merged: Mapping[str, Any]) -> str:
         f"<header><h1>Our engines against others</h1><p>{escape(merged['created'])} · {escape(where)} · "
         f"{_length(merged)}. Every ratio is within one run: same threads, same weights, candidates "
         "in turns, medians.</p></header>",
+        *([f'<p class="bad">{escape(warning)}</p>'] if (warning := disturbed(merged)) else []),
         f'<div class="cards">{"".join(_card(row) for row in judged)}</div>',
         *(f'<p class="bad">{escape(name)}: {escape(why)}</p>' for name, why in merged["failures"].items()),
     ]
@@ -233,6 +234,17 @@ def page(merged: Mapping[str, Any]) -> str:
         parts.append(_section(result))
     parts.append(section("Conditions", pairs(_conditions(merged)), folded=True))
     return document("Benchmarks", "".join(parts))
+
+
+def disturbed(merged: Mapping[str, Any]) -> str:
+    """What to know before the figures are quoted, or nothing: others used the machine. A benchmark alone loads its
+    cores, and for a while one more."""
+    loads = [result["environment"]["load_average"][0] for result in merged["results"]]
+    cores = merged["environment"]["cores"]
+    if max(loads, default=0.0) <= cores + 1:
+        return ""
+    span = f"{min(loads):.1f} to {max(loads):.1f}"
+    return f"The machine was not quiet: load average {span} with {cores} cores. Measure again."
 
 
 def _length(merged: Mapping[str, Any]) -> str:

@@ -27,7 +27,15 @@ GROWTH = {
     },
 }  # fmt: skip
 TTFT = {**ROW, "what": "first token", "target": 0.0, "verdict": "", "more": {"asked": "at most 5 ms more: reached"}}
-RESULT = {"benchmark": "llm_decode", "ceiling": None, "note": "n", "threads": 2, "rows": [ROW, GROWTH, TTFT]}
+QUIET = {"load_average": [2.9, 2.0, 1.0]}
+RESULT = {
+    "benchmark": "llm_decode",
+    "environment": QUIET,
+    "ceiling": None,
+    "note": "n",
+    "threads": 2,
+    "rows": [ROW, GROWTH, TTFT],
+}
 PACKAGES = {"torch": "2", "onnxruntime": "1"}
 MERGED = {
     "host": "h",
@@ -153,6 +161,14 @@ def test_page_of_results(scripts: Any) -> None:
     assert text.count("<figure>") == 2 and "goal 3.5×" in text
 
 
+def test_a_busy_machine_is_told(scripts: Any) -> None:
+    suite, readme = scripts("suite"), scripts("readme")
+    assert suite.disturbed(MERGED) == "" and "not quiet" not in readme.section(MERGED, readme.RESULTS / "h.json")
+    busy = {**MERGED, "results": [RESULT, {**RESULT, "environment": {"load_average": [5.2, 4.0, 4.0]}}]}
+    told = "The machine was not quiet: load average 2.9 to 5.2 with 2 cores"
+    assert told in suite.page(busy) and told in readme.section(busy, readme.RESULTS / "h.json")
+
+
 def test_readme_table_and_picture(scripts: Any) -> None:
     readme = scripts("readme")
     text = readme.section(MERGED, readme.RESULTS / "h.json")
@@ -201,3 +217,14 @@ def test_serving_overhead_counts_what_is_added(scripts: Any) -> None:
     itl, _ = overhead.compared("x", samples(0.0215), samples(0.02), asked=True)
     assert itl.verdict == "not reached"
     assert not overhead.compared("x", samples(0.03), samples(0.02), asked=False)[0].target
+
+
+def test_growth_counts_processor_time(scripts: Any) -> None:
+    """Sleeping costs nothing, and ten times the work about ten times as much (a busy machine: 5 to 20)."""
+    growth = scripts("growth")
+
+    def burn(n: int) -> Any:
+        return lambda: sum(i * i for i in range(n))
+
+    idle, one, ten = growth.processor_seconds([lambda: time.sleep(0.02), burn(20_000), burn(200_000)], 0.1)
+    assert idle < 0.01 and 5 < ten / one < 20
