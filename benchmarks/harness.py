@@ -138,6 +138,8 @@ def against(
     """Ours against the best of `peers`, which is named."""
     best = min(peers, key=lambda peer: peer.median)
     ratio: Estimate = ratio_of_medians(ours.seconds, best.seconds)
+    # the tenth percentiles: what is left of the ratio where neighbours disturb one side more than the other
+    more |= {"ratio_of_best": min(peer.best for peer in peers) / ours.best}
     more |= {"best_ms": 1000 * ours.best, "peers_ms": {peer.name: 1000 * peer.median for peer in peers}}
     return Row(
         what, 1000 * ours.median, best.name, 1000 * best.median, ratio.value, ratio.low, ratio.high, target,
