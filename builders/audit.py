@@ -83,7 +83,10 @@ def audit(
     registry.check_names(tuple(name for name in names if name != trtllm.NAME))
     config, checkpoint = load_config(folder), Checkpoint(folder)
     known = (*registry.COMPONENTS, trtllm.NAME)
-    chosen = names or tuple(name for name in bundle.manifest.components if name in known)
+    entries = bundle.manifest.components
+    # what only its executor runs was made from what is compared
+    apart = {name for name in entries if entries[name].target == trtllm.TARGET} - {trtllm.NAME}
+    chosen = names or tuple(name for name in entries if name in known and name not in apart)
     if not chosen:
         raise BundleError(f"bundle '{bundle.path}' has no engine to compare: build it again")
     return [_audit(bundle, config, checkpoint, name, layers, determinism, memory_limit) for name in chosen]

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import registry, trtllm, trtllm_engine
+from builders import registry, trtllm
+from builders.build_manifest import manifest_of
 from builders.code import code_version, tool_versions
-from builders.steps import Context, Graph, Outcome, Progress, Result, Run, Step, digest, peak_memory
+from builders.steps import Context, Graph, Outcome, Progress, Result, Step, digest, peak_memory
 from builders.unchanged import (
     COMPILED,
     EXPORT_TOOLS,
+    GATE,
     RUN_TOOLS,
     TENSORRT,
     checkpoint_files,
@@ -29,17 +31,10 @@ from builders.unchanged import (
     unchanged_since,
 )
 from builders.workspace import CACHE, Hook, Workspace
-from ming_trt import __version__
 from ming_trt.bundle import (
     ASSETS,
-    FAILED,
-    MISSING,
     NOT_RUN,
     PASSED,
-    ComponentEntry,
-    FileEntry,
-    Manifest,
-    StepEntry,
     sha256,
 )
 from ming_trt.errors import BuildError
@@ -49,8 +44,6 @@ if TYPE_CHECKING:
     from builders.component import Component
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
-
-GATE = "gate:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +110,7 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
         for name, record in list(space.records.items()):
             if record.facts.get("verdict") == NOT_RUN and options.preset.target not in COMPILED:
                 del space.records[name]
-        plan = _Plan(options, space)
+        plan = Construction(options, space)
         graph = plan.graph()
         run = graph.run(space, plan.selection(), progress)
         if run.failure is not None:
@@ -127,7 +120,7 @@ def build(options: Options, progress: Progress | None = None, hook: Hook = lambd
                 space.drop(name)
         for name in set(space.records) - set(graph.steps):
             space.drop(name)
-        manifest = plan.manifest(run)
+        manifest = manifest_of(plan, run)
         text = manifest.to_json()
         space.write_manifest(text)
         space.digests.save()
@@ -164,8 +157,8 @@ def check(options: Options) -> None:
             registry.check_names((name,))
 
 
-class _Plan:
-    """A build of one checkpoint: makes the graph, then the manifest."""
+class Construction:
+    """A build of one checkpoint: what its steps are, and what they need."""
 
     def __init__(self, options: Options, space: Workspace) -> None:
         from ming_trt.checkpoint import Checkpoint
@@ -344,65 +337,6 @@ class _Plan:
                 f"building {name} took {peak / 2**20:.0f} MiB of memory, above --max-host-memory "
                 f"{limit / 2**20:.0f} MiB: raise the limit"
             )
-
-    def manifest(self, run: Run) -> Manifest:
-        """What the results of a run without failures amount to."""
-        steps: dict[str, StepEntry] = {}
-        components: dict[str, ComponentEntry] = {}
-        for name, result in run.results.items():
-            record = result.record
-            if record is None:
-                steps[name] = StepEntry(str(Outcome.SKIPPED), "", result.reason)
-                continue
-            files = {f"{record.output}/{path}": FileEntry(*entry) for path, entry in record.files.items()}
-            steps[name] = StepEntry(str(Outcome.OK), record.key, "", files)
-            if name in self.components:
-                gate = run.results[GATE + name].record
-                served = trtllm_engine.SERVED if name == trtllm.ENGINE else name
-                components[served] = self._entry(name, record.facts, gate.facts if gate else {})
-        raw = self.config.raw
-        model = {
-            "name": "Ming-lite-omni v1.5",
-            "type": raw.get("model_type", ""),
-            "architecture": (raw.get("architectures") or [""])[0],
-        }
-        versions = {"ming-trt": __version__, **self.versions}
-        return Manifest(model, self.preset.target, self.preset, self._shards(components), versions, steps, components)
-
-    def _shards(self, components: Mapping[str, ComponentEntry]) -> dict[str, dict[str, Any]]:
-        """Weight file -> size, and digest of those of its tensors that the engines were made from."""
-        from ming_trt.models.weights import source_names
-
-        tensors: dict[Path, set[str]] = {}
-        for name in components:
-            component = self.components.get(name, trtllm.COMPONENT)
-            for tensor in source_names(component.sources(self.config)):
-                tensors.setdefault(self.checkpoint.info(tensor).file, set()).add(tensor)
-        return {
-            path.relative_to(self.checkpoint.root).as_posix(): {
-                "sha256": self.checkpoint.digest(names, self.cache),
-                "size": path.stat().st_size,
-                "tensors": len(names),
-            }
-            for path, names in sorted(tensors.items())
-        }
-
-    def _entry(self, name: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> ComponentEntry:
-        verdict = gate.get("verdict", MISSING)
-        own = ("inputs", "outputs", "precision", "weights", "model", "rung", "target")
-        rest = {key: value for key, value in facts.items() if key not in own}
-        return ComponentEntry(
-            trtllm_engine.SERVED if name == trtllm.ENGINE else name,
-            str(facts.get("target", self.plain.target if name in self.plain_names else self.preset.target)),
-            str(facts["precision"]),
-            str(facts.get("model", f"{name}/model.onnx")),
-            facts["inputs"],
-            facts["outputs"],
-            rest,
-            gate,
-            {PASSED: str(facts.get("rung", "matches")), FAILED: "ran"}.get(str(verdict), "compiled"),
-            facts["weights"],
-        )
 
 
 def _never(_: Context) -> Mapping[str, Any]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What graphs are made with, and what runs them: their versions are part of the keys of steps.
 EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
 RUN_TOOLS = ("onnxruntime",)
+# Prefix of the step that checks an engine.
+GATE = "gate:"
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 # What these targets compile is not run by the build.
 COMPILED = (*TENSORRT, trtllm.TARGET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -298,6 +299,45 @@ def test_edits_rebuild_exactly_what_depends_on_them(
     with Workspace(folder.with_name("fresh")) as space:
         graph(new).run(space)
     assert contents(folder) == contents(folder.with_name("fresh"))
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
+    """Keys are of contents: neither a clock set back nor one set ahead makes work, or hides a change."""
+    toy.build(tmp_path / "b", "one")
+    before, before_ns, jump = time.time, time.time_ns, years * 31_557_600
+    monkeypatch.setattr(time, "time", lambda: before() + jump)
+    monkeypatch.setattr(time, "time_ns", lambda: before_ns() + jump * 10**9)
+    assert set(outcomes(toy.build(tmp_path / "b", "one")).values()) == {"NOOP"}
+    assert outcomes(toy.build(tmp_path / "b", "two")) == {"a": "OK", "b": "OK", "c": "NOOP", "check": "OK"}
+    for path in (tmp_path / "b").rglob("*"):
+        os.utime(path, (before() + jump, before() + jump))
+    monkeypatch.undo()
+    assert set(outcomes(toy.build(tmp_path / "b", "two")).values()) == {"NOOP"}
+    toy.build(tmp_path / "fresh", "two")
+    assert contents(tmp_path / "b") == contents(tmp_path / "fresh")
+
+
+def test_output_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # read-only for everybody, also for root
+    with pytest.raises(BuildError, match="cannot write '/proc/ming-trt'") as caught:
+        toy.build(Path("/proc/ming-trt"), "one")
+    assert "\n" not in str(caught.value)
+
+    # a bundle whose file system was mounted read-only meanwhile
+    toy.build(tmp_path / "b", "one")
+    before = contents(tmp_path / "b")
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("rename", "mkdir", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(BuildError, match=r"[Rr]ead-only") as caught:
+        toy.build(tmp_path / "b", "two")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert contents(tmp_path / "b") == before
 
 
 def test_digest_cache_reads_once_and_sees_changes(tmp_path: Path) -> None:
