@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import threading
+import types
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +17,10 @@ import pytest
 import soundfile
 
 from ming_trt.bundle import Bundle
-from ming_trt.errors import CancelledError, EngineError, InputError
+from ming_trt.errors import CancelledError, EngineError, InputError, UnavailableError
 from ming_trt.processing.request import parse_request
 from ming_trt.runtime.audio_contract import to_pcm
+from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.narrate import Narrator
 from ming_trt.runtime.pipeline import Pipeline
 from ming_trt.serving.assemble import assemble
@@ -228,3 +232,28 @@ def test_a_slow_reader_gets_everything(client: Client) -> None:
     assert sum(len(delta.audio) for delta in deltas) // 2 == deltas[-1].state["audio_samples"] > 0
     with pytest.raises(InputError, match="set 'lease'"):
         client.ask(LINE, speak={"read": True, "ahead": 5}, lease_s=0).read_all()
+
+
+def test_more_answers_than_are_spoken_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The stage's own book-keeping, without a server: one answer is taken, the next refused, also its later calls."""
+    backend = types.ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    stage_module = importlib.import_module("ming_trt.serving.stages.speech")
+    monkeypatch.setattr(stage_module, "MAX_ANSWERS", 1)
+    monkeypatch.setattr(stage_module, "read_json", lambda request, _: request)
+    stage = stage_module.SpeechStage()
+    stage.board, stage.speech = CancelBoard(tmp_path), types.SimpleNamespace(sample_rate=24000)
+    stage._sessions, stage._failed, stage._lock = {}, {}, threading.Lock()
+
+    def call(name: str) -> None:
+        # not the first call of its answer, so that nothing is spoken yet
+        stage._take({"id": name, "number": 1, "pieces": [], "last": False, "ahead": 0}, None)
+
+    call("one")
+    call("one")
+    with pytest.raises(UnavailableError, match="1 answers are being spoken already"):
+        call("two")
+    stage._sessions.clear()
+    with pytest.raises(CancelledError):
+        call("two")
+    call("three")

@@ -129,6 +129,7 @@ class SpeechStage(Stage):
             session = self._sessions.get(name)
             if session is None:
                 if len(self._sessions) >= MAX_ANSWERS:
+                    self._remember(name)
                     raise UnavailableError(f"{MAX_ANSWERS} answers are being spoken already: ask again later")
                 session = Session(name, self.board, self.speech.sample_rate, float(body["ahead"]))
                 self._sessions[name] = session
@@ -161,13 +162,17 @@ class SpeechStage(Stage):
         finally:
             self._close(session, failure)
 
+    def _remember(self, name: str) -> None:
+        """That no more of this answer is spoken. The lock is held."""
+        self._failed[name] = None
+        while len(self._failed) > _REMEMBERED:
+            del self._failed[next(iter(self._failed))]
+
     def _close(self, session: Session, failure: Exception | None) -> None:
         with self._lock:
             self._sessions.pop(session.id, None)
             if failure is not None:
-                self._failed[session.id] = None
-                while len(self._failed) > _REMEMBERED:
-                    del self._failed[next(iter(self._failed))]
+                self._remember(session.id)
             left = list(session.open)
         for call in left:
             if failure is None:  # the call that only says that nothing more comes
