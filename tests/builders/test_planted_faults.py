@@ -67,8 +67,8 @@ def transpose_a_square_of_one_expert(weight: np.ndarray) -> np.ndarray:
     ("engine", "tensor", "change", "place"),
     [
         ("llm", "layers.1.mlp.gates.weight_T", swap_text_and_image_gate, "/layers.1/mlp/gates"),
-        ("llm", "layers.0.mlp.down", transpose_a_square_of_one_expert, "/layers.0/mlp"),
-        ("llm", "layers.1.mlp.down", lambda w: w * 2, "/layers.1/mlp"),
+        ("llm", "layers.0.mlp.down_backwards", transpose_a_square_of_one_expert, "/layers.0/mlp"),
+        ("llm", "layers.1.mlp.down_backwards", lambda w: w * 2, "/layers.1/mlp"),
         ("vision_encoder", "blocks.2.attn.proj.bias", np.zeros_like, "/blocks.2/attn/proj"),
         ("audio_encoder", "blocks.1.mlp.0.bias", np.zeros_like, "/blocks.1/mlp.0"),
     ],
