@@ -47,15 +47,15 @@ class Share:
 # Cheap ones first: whatever goes wrong later, they are there.
 BENCHMARKS = {
     "load_time": Share(0, 90),
-    "serving_overhead": Share(30, 150),
-    "growth": Share(40, 150),
-    "llm_decode": Share(40, 300),
-    "llm_prefill": Share(40, 300),
-    "batch_scaling": Share(25, 120),
-    "vision": Share(25, 180),
-    "audio": Share(30, 240),
-    "speech": Share(30, 240),
-    "image": Share(30, 300, ("--no-compile", "--steps", "1")),
+    "serving_overhead": Share(20, 150),
+    "growth": Share(20, 150),
+    "llm_decode": Share(24, 300),
+    "llm_prefill": Share(24, 300),
+    "batch_scaling": Share(20, 120),
+    "vision": Share(20, 180),
+    "audio": Share(20, 240),
+    "speech": Share(12, 240),
+    "image": Share(10, 300, ("--no-compile", "--steps", "1")),
     "llama_peer": Share(30, 180),
 }
 # Runs only if it can: an interpreter is named, or figures of an earlier run are kept (docs/bench.md).
