@@ -11,12 +11,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness import HERE, RESULTS, host_id
-from suite import disturbed, ratio_plot
+from suite import disturbed, ratio_plot, titled
 
 README, PICTURE = HERE.parent / "README.md", HERE.parent / "docs" / "images" / "benchmarks.svg"
 BEGIN, END = "<!-- measured: benchmarks/readme.py writes this -->", "<!-- /measured -->"
@@ -68,7 +68,7 @@ def section(merged: Mapping[str, Any], source: Path) -> str:
         "| --- | --- | --- | --- | --- |",
         *(_line(row) for row in rows),
         "",
-        *(f"{name}: not measured ({why})." for name, why in merged["failures"].items()),
+        *(["; ".join(f"{name}: {why}" for name, why in merged["failures"].items()), ""] if merged["failures"] else []),
         f"![Times faster than the best peer, and what is asked]({PICTURE.relative_to(README.parent).as_posix()})",
         "",
         f"`{source.resolve().relative_to(README.parent).as_posix()}` has every figure. The dashed marks of the picture "
@@ -80,7 +80,7 @@ def section(merged: Mapping[str, Any], source: Path) -> str:
 
 def asked(merged: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rows of which something is asked."""
-    return [row for result in merged["results"] for row in result["rows"] if row["target"] or row["more"].get("asked")]
+    return [row for row in titled(merged) if row["target"] or row["more"].get("asked")]
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -104,8 +104,8 @@ def _plain(text: str) -> str:
 
 def picture(merged: Mapping[str, Any]) -> str:
     """The bars of the report as a file of its own, on white."""
-    rows: Sequence[Mapping[str, Any]] = [row for result in merged["results"] for row in result["rows"]]
-    found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"([^>]*)>(.*?)</svg>', ratio_plot(rows), re.S)
+    drawn = ratio_plot(titled(merged))
+    found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"([^>]*)>(.*?)</svg>', drawn, re.S)
     if found is None:
         raise ValueError("the result has no ratio of which something is asked")
     width, height, more, body = found.groups()

@@ -216,7 +216,7 @@ def _engines() -> set[str]:
 
 def page(merged: Mapping[str, Any]) -> str:
     """The results as one file: headlines, a plot of the ratios, growth, and a table for each benchmark."""
-    rows = [row for result in merged["results"] for row in result["rows"]]
+    rows = titled(merged)
     judged = [row for row in rows if row["verdict"]]
     about = merged["environment"]
     where = f"{about['processor']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB"
@@ -234,6 +234,25 @@ def page(merged: Mapping[str, Any]) -> str:
         parts.append(_section(result))
     parts.append(section("Conditions", pairs(_conditions(merged)), folded=True))
     return document("Benchmarks", "".join(parts))
+
+
+# Benchmarks whose rows do not say what they are about.
+_ABOUT = {
+    "vision": "vision",
+    "audio": "audio",
+    "image": "denoiser",
+    "batch_scaling": "batch",
+    "llama_peer": "llama.cpp",
+}
+
+
+def titled(merged: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All rows, each with a title that can stand alone."""
+    return [
+        {**row, "what": f"{_ABOUT[name]}: {row['what']}"} if (name := result["benchmark"]) in _ABOUT else row
+        for result in merged["results"]
+        for row in result["rows"]
+    ]
 
 
 def disturbed(merged: Mapping[str, Any]) -> str:
