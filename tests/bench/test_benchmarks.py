@@ -39,7 +39,7 @@ def test_ratio_against_the_best_peer(scripts: Any) -> None:
     harness = scripts("harness")
     work = {"ours": lambda: time.sleep(0.004), "good": lambda: time.sleep(0.012), "bad": lambda: time.sleep(0.02)}
     times = harness.interleave(work, seconds=0, repeats=2, warmup=0)
-    row = harness.against(times["ours"], [times["bad"], times["good"]], "sleep", goal=1.5)
+    row = harness.against(times["ours"], [times["bad"], times["good"]], "sleep", target=1.5)
     assert row.peer == "good"
     assert row.ratio == pytest.approx(row.peer_ms / row.ours_ms)
     # sleeps of 12 and 4 ms; a busy machine adds milliseconds to both
