@@ -1,18 +1,19 @@
 """How fast `llm-checkpoint` is written, against reading and writing the same bytes with nothing in between.
 
-    python benchmarks/trtllm_export.py --layers 2 --precision fp8
+    python benchmarks/trtllm_export.py [--rounds N] [--layers 2]
 
 Makes a checkpoint of the official widths (2048, 64 experts of 1408) with few layers and a small vocabulary, 1.1 GiB a
-layer, in a temporary folder. Every phase runs in a process of its own with the source dropped from the page cache.
-Prints one JSON object: MB/s of source (10^6 bytes) for the export and for the plain copy, their ratio, and the export's
-peak resident memory. FP8 scales of inputs are set to 1: calibration is not part of the copy.
+layer, in a temporary folder. Copy and export take turns, each in a process of its own; before each the source is
+dropped from the page cache and everything older is on the disk. The copy writes as many bytes as the export does and
+syncs once, at its end; the export syncs for its journal, too. Rates are MB/s of source (10^6 bytes). FP8 scales of
+inputs are set to 1: calibration is not part of the copy.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import Measurement, Row, against, arguments, finish
 
+TARGET = 0.7
+PRECISIONS = ("fp8", "bf16")
 _BLOCK = 8 << 20
 _NAME = "model.safetensors"
 
@@ -73,15 +77,16 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy(source: Path, out: Path, share: float) -> float:
-    """Seconds to read all of the source and to write `share` of its bytes, synced."""
+def copy(source: Path, out: Path, precision: str) -> dict[str, float]:
+    """Seconds to read all of the source and to write its bytes (of FP8: half of them), synced."""
+    out.mkdir()
     started = time.monotonic()
     buffer = memoryview(bytearray(_BLOCK))
-    with (source / _NAME).open("rb", buffering=0) as reading, out.open("wb", buffering=0) as writing:
+    with (source / _NAME).open("rb", buffering=0) as reading, (out / "copy").open("wb", buffering=0) as writing:
         while count := reading.readinto(buffer):
-            writing.write(buffer[: int(count * share)])
+            writing.write(buffer[: count // 2 if precision == "fp8" else count])
         os.fdatasync(writing.fileno())
-    return time.monotonic() - started
+    return {"seconds": time.monotonic() - started}
 
 
 def export(source: Path, out: Path, precision: str) -> dict[str, float]:
@@ -101,53 +106,54 @@ def export(source: Path, out: Path, precision: str) -> dict[str, float]:
     return {"seconds": seconds, "read": moved.read, "written": moved.written, "peak": peak_memory()}
 
 
-def _phase(arguments: list[str]) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+def phase(kind: str, precision: str, source: Path, out: Path) -> dict[str, float]:
+    """One copy or export in a process of its own; what it wrote is removed."""
+    forget(source / _NAME)
+    os.sync()
+    command = [sys.executable, __file__, kind, precision, str(source), str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    shutil.rmtree(out)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
+def compare(precision: str, source: Path, work: Path, rounds: int) -> Row:
+    """Copy and export in turns; which of them is first changes from round to round."""
+    took: dict[str, list[float]] = {"copy": [], "export": []}
+    moved: dict[str, float] = {}
+    peak = 0.0
+    for number in range(rounds):
+        for kind in ("copy", "export") if number % 2 else ("export", "copy"):
+            result = phase(kind, precision, source, work / "out")
+            took[kind].append(result["seconds"])
+            if kind == "export":
+                moved, peak = result, max(peak, result["peak"])
+    ours, peer = (Measurement(kind, tuple(took[kind])) for kind in ("export", "copy"))
+    rates = {f"{m.name}_mb_per_s": round(moved["read"] / 1e6 / m.median) for m in (ours, peer)}
+    sizes = {"source_bytes": moved["read"], "written_bytes": moved["written"], "peak_bytes": peak}
+    seconds = {f"{kind}_s": [round(value, 3) for value in values] for kind, values in took.items()}
+    return against(ours, [peer], f"export in {precision}", TARGET, **rates, **sizes, **seconds)
+
+
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="Where to work; a temporary folder if not given.")
-    parser.add_argument("--phase", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.phase:
-        kind, source, out = options.phase[0], Path(options.phase[1]), Path(options.phase[2])
-        forget(source / _NAME)
-        if kind == "copy":
-            share = 0.5 if options.precision == "fp8" else 1.0
-            print(json.dumps({"seconds": copy(source, out, share)}))
-        else:
-            print(json.dumps(export(source, out, options.precision)))
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as work:
-        source = Path(work) / "source"
-        make(source, options.layers)
-        best: dict[str, float] = {}
-        for i in range(options.rounds):
-            arguments = ["--precision", options.precision, "--phase"]
-            plain = _phase([*arguments, "copy", str(source), str(Path(work) / f"copy{i}")])
-            (Path(work) / f"copy{i}").unlink()
-            written = _phase([*arguments, "export", str(source), str(Path(work) / f"out{i}")])
-            rates = {
-                "copy": written["read"] / 1e6 / plain["seconds"],
-                "export": written["read"] / 1e6 / written["seconds"],
-            }
-            best = {
-                "copy_mb_per_s": round(max(rates["copy"], best.get("copy_mb_per_s", 0)), 1),
-                "export_mb_per_s": round(max(rates["export"], best.get("export_mb_per_s", 0)), 1),
-                "peak_bytes": max(written["peak"], best.get("peak_bytes", 0)),
-                "source_bytes": written["read"],
-                "written_bytes": written["written"],
-            }
-    best["ratio"] = round(best["export_mb_per_s"] / best["copy_mb_per_s"], 3)
-    print(json.dumps({"layers": options.layers, "precision": options.precision, **best}))
+    options = arguments(
+        str(__doc__),
+        rounds={"type": int, "default": 5, "help": "how often each is done"},
+        layers={"type": int, "default": 2, "help": "of the checkpoint, 1.1 GiB each"},
+        folder={"type": Path, "help": "where to work; a temporary folder if not given"},
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        work = Path(folder)
+        make(work / "source", 1 if options.tiny else options.layers)
+        rounds = 1 if options.tiny else options.rounds
+        rows = [compare(precision, work / "source", work, rounds) for precision in PRECISIONS]
+    finish("trtllm_export", rows, options, None, "medians; ratio: time of the copy / time of the export")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] in (["copy"], ["export"]):
+        run = copy if sys.argv[1] == "copy" else export
+        print(json.dumps(run(Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[2])))
+    else:
+        main()

@@ -46,10 +46,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def byte_view(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy; writing to them writes to it."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy().data)
+
+
 class TensorFiles:
     """Files `names` in `folder`, with the tensors `plans[i]`; use as a context manager.
 
     `key` stands for everything that the content depends on: files that were begun for another key are begun again.
+    Threads may `write` at the same time, to different places; one thread calls `sync` and `finish`.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], plans: Sequence[Mapping[str, Entry]], key: str) -> None:
@@ -91,16 +97,20 @@ class TensorFiles:
         entry = self.plans[file][name]
         if _NAMES.get(values.dtype) != entry.dtype or at + values.numel() > math.prod(entry.shape):
             raise ValueError(f"{values.dtype}[{values.numel()}] at {at} does not fit into {name}, {entry}")
-        data = memoryview(values.reshape(-1).view(torch.uint8).numpy().data)
+        data = byte_view(values)
         offset = self._offsets[file][name] + at * ITEM_SIZE[entry.dtype]
         while data:
             count = os.pwrite(self._handles[file], data, offset)
             data, offset = data[count:], offset + count
 
-    def finish(self, group: str) -> None:
-        """Notes that all of `group` is written. After that, and a crash, it is not written again."""
+    def sync(self) -> None:
+        """What is written so far reaches the disk. Threads may go on writing."""
         for handle in self._handles:
             os.fdatasync(handle)
+
+    def finish(self, group: str) -> None:
+        """Notes that all of `group` is written. After that, and a crash, it is not written again."""
+        self.sync()
         self._note({"group": group})
         self.done.add(group)
 

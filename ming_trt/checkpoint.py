@@ -139,14 +139,18 @@ class Checkpoint:
 
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         """Bytes `start` to `end` of those of `read_bytes`; only they are read."""
+        data = bytearray(max(end - start, 0))
+        self.read_into(name, start, end, memoryview(data))
+        return data
+
+    def read_into(self, name: str, start: int, end: int, target: memoryview) -> None:
+        """Like `read_range`, into `target` (writable bytes, `end - start` of them)."""
         info = self.info(name)
-        if not 0 <= start <= end <= info.nbytes:
-            raise ValueError(f"bytes {start} to {end} of '{name}', which has {info.nbytes}")
-        data = bytearray(end - start)
+        if not 0 <= start <= end <= info.nbytes or len(target) != end - start:
+            raise ValueError(f"bytes {start} to {end} of '{name}', which has {info.nbytes}, into {len(target)}")
         with _open(info.file) as file:
             file.seek(info.offset + start)
-            _fill(file, memoryview(data), info)
-        return data
+            _fill(file, target, info)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, on the CPU, in memory of its own."""

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from builders.calibration import calibrate
 from builders.calibration_samples import SYNTHETIC, Source, load
-from builders.trtllm_file import JOURNAL
+from builders.trtllm_file import JOURNAL, TensorFiles
 from builders.trtllm_fp8 import Quantizer, amax, scale_of
 from builders.trtllm_layout import layout, parallel
 from builders.trtllm_numpy import NumpyEngine
@@ -160,6 +168,20 @@ def test_quantizer_is_the_obvious_formula(seed: int, dtype: torch.dtype, size: i
     assert torch.equal(Quantizer()(values, scale).view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizer_of_every_16_bit_value(dtype: torch.dtype) -> None:
+    """Rounding, saturation, subnormal numbers and both zeros, by scales around the usual ones and at the limits."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))]
+    values = bits.to(torch.uint16).view(dtype).repeat(3)[:-5]
+    quantize = Quantizer()
+    for scale in (1.0, scale_of(0.1), scale_of(77.7), 1e-30, 3e-45, 1e30):
+        expected = (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        assert torch.equal(quantize(values, scale).view(torch.uint8), expected), scale
+        target = torch.full(values.shape, 3, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        assert quantize(values, scale, target) is target
+        assert torch.equal(target.view(torch.uint8), expected), scale
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(CheckpointError, match="not finite"):
@@ -243,6 +265,80 @@ def test_torn_journal_and_another_key(tmp_path: Path) -> None:
     (out / "rank0.safetensors").write_bytes(b"other")
     export(GOLDEN, out, "bf16")
     assert (out / "rank0.safetensors").read_bytes() == expected
+
+
+def test_sources_of_two_types_are_widened(tmp_path: Path) -> None:
+    """A stack of a bf16 and a float32 matrix is that of both in float32."""
+    checkpoint, folder = Checkpoint(GOLDEN), tmp_path / "source"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "config.json", folder)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
+    tensors |= {name: value.bfloat16() for name, value in tensors.items() if name.endswith("up_proj.weight")}
+    save_file(tensors, folder / "model.safetensors")
+    export(folder, tmp_path / "out", "fp32")
+    prefix = "model.model.layers.1.mlp.experts.3."
+    expected = torch.cat([tensors[f"{prefix}{name}_proj.weight"].float() for name in ("up", "gate")])
+    assert torch.equal(read(tmp_path / "out")["transformer.layers.1.mlp.fc.weight"][3], expected)
+
+
+def test_nothing_is_noted_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers are slowed down, each by another time; a group is finished when all of its elements were written, and
+    the files are synced after that and before the line of the journal."""
+    lock, written = threading.Lock(), Counter[str]()
+    events: list[str] = []
+    write, finish, note = TensorFiles.write, TensorFiles.finish, TensorFiles._note
+
+    def slow(self: TensorFiles, file: int, name: str, at: int, values: torch.Tensor) -> None:
+        time.sleep(at % 3 / 1000)
+        write(self, file, name, at, values)
+        with lock:
+            written[name] += values.numel()
+
+    def checked(self: TensorFiles, group: str) -> None:
+        for name, entry in self.plans[0].items():
+            if name.startswith(f"{group}."):
+                assert written[name] == math.prod(entry.shape), name
+        events.clear()
+        finish(self, group)
+
+    def noted(self: TensorFiles, line: Mapping[str, str]) -> None:
+        assert "key" in line or events[:1] == ["sync"]
+        note(self, line)
+
+    def sync(handle: int, plain: Callable[[int], None] = os.fdatasync) -> None:
+        events.append("sync")
+        plain(handle)
+
+    monkeypatch.setattr(TensorFiles, "write", slow)
+    monkeypatch.setattr(TensorFiles, "finish", checked)
+    monkeypatch.setattr(TensorFiles, "_note", noted)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    export(GOLDEN, tmp_path, "fp32")
+    journal = (tmp_path / JOURNAL).read_text().splitlines()
+    config = load_config(GOLDEN)
+    names = [module.name for module in layout(config.llm, parallel(config.llm, 1, 1)).modules]
+    assert [json.loads(line)["group"] for line in journal[1:]] == names
+
+
+def test_failure_of_a_worker_ends_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes out, what was finished stays; the next run completes the same files."""
+    export(GOLDEN, tmp_path / "whole", "bf16")
+    plain = Checkpoint.read_into
+
+    def failing(self: Checkpoint, name: str, start: int, end: int, target: memoryview) -> None:
+        if name == "model.model.layers.1.mlp.experts.2.down_proj.weight":
+            raise CheckpointError("the disk is gone")
+        plain(self, name, start, end, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "read_into", failing)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            export(GOLDEN, tmp_path / "out", "bf16")
+    noted = (tmp_path / "out" / JOURNAL).read_text()
+    assert '"transformer.layers.1.mlp.fc"' in noted and '"transformer.layers.1.mlp.proj"' not in noted
+    export(GOLDEN, tmp_path / "out", "bf16")
+    whole, again = ((tmp_path / name / "rank0.safetensors").read_bytes() for name in ("whole", "out"))
+    assert whole == again
 
 
 def test_written_header_is_aligned(tmp_path: Path) -> None:
