@@ -49,12 +49,12 @@ def _mrope_fake(
 
 
 def route(router_logits: torch.Tensor, top_k: int, normalize: bool) -> Pair:
-    """Expert ids int64 [N, top_k], best first, and their weights float32 [N, top_k] for logits [N, E].
+    """Expert ids int64 [..., top_k], best first, and their weights float32 [..., top_k] for logits [..., E].
 
     Among equals the lower expert comes first, as in ONNX's `TopK`: a stable sort says so, `torch.topk` does not.
     """
     weights, experts = router_logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    weights, experts = weights[:, :top_k], experts[:, :top_k]
+    weights, experts = weights[..., :top_k], experts[..., :top_k]
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return experts, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,21 @@ def feeds(rows: int = 2, batch: int = 1, capacity: int = 6, new: int = 1) -> dic
 
 
 @pytest.fixture(params=list(BACK_ENDS))
-def back_end(request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    return BACK_ENDS[request.param]
+def back_end(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
+    """Opens engines of one kind, and closes them after the test: a plan stays loaded as long as one of it is open."""
+    with ExitStack() as opened:
+
+        def open_one(path: Path, **options: Any) -> Engine:
+            engine = BACK_ENDS[request.param](path, **options)
+            opened.callback(engine.close)
+            return engine
+
+        yield open_one
 
 
 @pytest.fixture
-def engine(back_end: Callable[..., Engine], tmp_path: Path) -> Iterator[Engine]:
-    engine = back_end(toy(tmp_path / "toy.onnx"))
-    yield engine
-    engine.close()
+def engine(back_end: Callable[..., Engine], tmp_path: Path) -> Engine:
+    return back_end(toy(tmp_path / "toy.onnx"))
 
 
 def test_it_describes_its_tensors(engine: Engine) -> None:

@@ -115,3 +115,12 @@ def test_operators_are_well_formed(name: str) -> None:
         "kv_update": (torch.zeros(2, 2, 9, 16), k, torch.tensor([1, 6])),
     }[name]
     torch.library.opcheck(getattr(torch.ops.ming, name).default, inputs)
+
+
+def test_routing_takes_any_leading_axes_and_the_lower_of_equal_experts() -> None:
+    logits = torch.randint(0, 3, (2, 5, 8), generator=torch.Generator().manual_seed(0)).float()
+    experts, weights = ops.route(logits, top_k=3, normalize=True)
+    flat_experts, flat_weights = ops.route(logits.flatten(0, 1), top_k=3, normalize=True)
+    assert torch.equal(experts.flatten(0, 1), flat_experts) and torch.equal(weights.flatten(0, 1), flat_weights)
+    ranked = [sorted(range(8), key=lambda expert: (-row[expert].item(), expert)) for row in logits.flatten(0, 1)]
+    assert flat_experts.tolist() == [row[:3] for row in ranked]
