@@ -1,4 +1,4 @@
-"""From official tensors to the rank files of a TensorRT-LLM checkpoint, a matrix in memory for each of two workers."""
+"""From official tensors to the rank files of a TensorRT-LLM checkpoint, a matrix in memory for each worker."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ming_trt.models.weights import TORCH_DTYPES
 FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Unquantised matrices, which need no look at the whole, are copied in parts of at most about this size.
 _PART = 16 << 20
-# One waits for the disk or copies for the kernel while the other converts; more would only hold more memory.
-_WORKERS = 2
+# Some wait for the disk while the others convert; four gain little over three, and hold more memory.
+_WORKERS = 3
 # So many bytes go to the disk at a time, while the workers go on: a module of experts has hundreds of megabytes.
 _SYNC = 64 << 20
 
