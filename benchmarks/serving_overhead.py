@@ -1,6 +1,7 @@
 """Text through the whole server against the same pipeline in this process: what Triton costs per token and per answer.
 
-Both run the same bundle with the same threads and answer the same questions in turns; each waits while the other works.
+Both run the same bundle with the same threads and the same kind of memory (huge pages, which the server asks for: the
+script starts itself again with them), and answer the same questions in turns; each waits while the other works.
 Two bundles: a language model of four layers at true width, whose token takes what four real layers take, and the mini
 checkpoint, whose token takes less than a millisecond: the worst case, of which nothing is asked.
 
@@ -10,6 +11,8 @@ checkpoint, whose token takes less than a millisecond: the worst case, of which 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from ming_trt.bench.stats import RESAMPLES, ratio_of_medians
 from ming_trt.processing.request import parse_request
 from ming_trt.runtime.pipeline import Pipeline
 from ming_trt.serving.client import Client
+from ming_trt.serving.programs import TUNABLES_VARIABLE, huge_pages
 
 # The server may take 5 % longer per token, and 5 ms more to the first one.
 MOST_ITL, MOST_TTFT_MS = 1.05, 5.0
@@ -123,5 +127,14 @@ def in_process(pipeline: Pipeline, arguments: dict[str, Any]) -> Sample:
     return sample
 
 
+def same_memory() -> None:
+    """Starts this script again unless its C library asks for huge pages as the server's does: it reads that once."""
+    now = os.environ.get(TUNABLES_VARIABLE, "")
+    if huge_pages(now) != now:
+        os.environ[TUNABLES_VARIABLE] = huge_pages(now)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 if __name__ == "__main__":
+    same_memory()
     main()

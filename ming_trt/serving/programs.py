@@ -22,6 +22,8 @@ from ming_trt.errors import ServeError
 SYSTEM_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 # Names the server to use: "bundled", "system", or the path of a `tritonserver`.
 CHOICE_VARIABLE = "MING_TRT_TRITON"
+TUNABLES_VARIABLE = "GLIBC_TUNABLES"
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,12 @@ def find_program(run_dir: Path, prefer_system: bool = False) -> ServerProgram:
     raise ServeError(
         "no Triton server is installed here: install `ming-trt[cpu]`, or use NVIDIA's Triton container on a GPU machine"
     )
+
+
+def huge_pages(tunables: str) -> str:
+    """The value of `TUNABLES_VARIABLE` with which the C library asks for huge pages for large blocks, the weights above
+    all: a token reads all of them. `tunables`: the value until now; what it says of huge pages stays."""
+    return tunables if _HUGE_PAGES in tunables else f"{tunables}:{_HUGE_PAGES}=1".lstrip(":")
 
 
 def _bundled_root() -> Path | None:
@@ -103,13 +111,14 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _stub_environment(libraries: list[str]) -> dict[str, str]:
-    """The stub takes the first `python3` on PATH as its interpreter, and the loader's libpython."""
+    """The stub takes the first `python3` on PATH as its interpreter, and the loader's libpython. With huge pages."""
     libdir = sysconfig.get_config_var("LIBDIR")
     path = [str(libdir)] if libdir else []
     path += [*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": ":".join(path),
+        TUNABLES_VARIABLE: huge_pages(os.environ.get(TUNABLES_VARIABLE, "")),
     }
 
 
