@@ -49,14 +49,17 @@ class LLMStage(Stage):
     def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]
         """Hands each request to the LLM and returns at once; its answers come from a thread of its own."""
         for request in requests:
-            stream, task = Stream(request.get_response_sender()), None
+            stream, task, events = Stream(request.get_response_sender()), None, None
             try:
                 task = Task.of(request)
-                self.presence.enter(task.id, self.name)
+                # First of all: what follows is done while the engine reads the prompt.
                 events = self._begin(task, request)
+                self.presence.enter(task.id, self.name)
                 name = f"stream-{task.id}"
                 threading.Thread(target=self._answer, args=(stream, task, events), name=name, daemon=True).start()
             except Exception as error:  # noqa: BLE001 - the client must hear of it
+                if isinstance(events, Handle):
+                    events.cancel()
                 stream.fail(self.name, error)
                 if task is not None:
                     self._leave(task, failed=True)

@@ -6,8 +6,8 @@ what it works on, and the `cancel` model looks, whenever a client renews its lea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from ming_trt.serving.supervise import alive
 
 
 class Presence:
-    """Notes in a folder beside the cancel board: request and model -> process that works on it."""
+    """Notes in a folder beside the cancel board: request and model -> process that works on it. A note is a link that
+    nobody follows: it appears whole, by one call."""
 
     def __init__(self, board: Path) -> None:
         self._folder = board.with_name(board.name + ".present")
@@ -23,10 +24,11 @@ class Presence:
 
     def enter(self, request_id: str, model: str) -> None:
         """This process, of that model, works on the request from now on."""
-        path = self._path(request_id, model)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"pid": os.getpid(), "model": model}))
-        temporary.replace(path)
+        path, note = self._path(request_id, model), f"{os.getpid()} {model}"
+        while True:
+            with contextlib.suppress(FileExistsError):  # left by a process that died, or an id in use twice
+                return path.symlink_to(note)
+            path.unlink(missing_ok=True)
 
     def leave(self, request_id: str, model: str) -> None:
         """The request has ended in that model."""
@@ -36,11 +38,11 @@ class Presence:
         """The model whose process died while it worked on the request, or ""."""
         for path in self._folder.glob(self._path(request_id, "*").name):
             try:
-                note = json.loads(path.read_text())
+                process, model = str(path.readlink()).split(" ", 1)
             except FileNotFoundError:
                 continue
-            if not alive(int(note["pid"])):
-                return str(note["model"])
+            if not alive(int(process)):
+                return model
         return ""
 
     def _path(self, request_id: str, model: str) -> Path:
