@@ -22,7 +22,8 @@ from rich.table import Table
 from ming_trt.errors import MingError
 from ming_trt.mini import write_mini
 from ming_trt.processing.prompt import ASR_PROMPT
-from ming_trt.serving.client import Answer, Client
+from ming_trt.serving.answer import Answer
+from ming_trt.serving.client import Client
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / ".demo"

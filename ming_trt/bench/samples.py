@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ming_trt.errors import MingError
-from ming_trt.serving.client import Answer
+from ming_trt.serving.answer import Answer
 
 Clock = Callable[[], float]
 _SAMPLE_BYTES = 2  # 16-bit mono

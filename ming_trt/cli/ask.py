@@ -14,7 +14,8 @@ from ming_trt.cli.media_files import SoundFile, StepProgress, check_place, write
 from ming_trt.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
-    from ming_trt.serving.client import Answer, Client, Delta
+    from ming_trt.serving.answer import Answer, Delta
+    from ming_trt.serving.client import Client
 
 EXAMPLES = (
     'Examples:  ming-trt ask "Hello"   |   ming-trt ask "What is this?" --image cat.jpg   |   '

@@ -9,13 +9,10 @@ Neither numpy nor torch is needed. Media are sent as the files they are; the ser
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +20,11 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from ming_trt.errors import InputError, MingError, ServeError, parse_error
+from ming_trt.errors import InputError, MingError, ServeError
+from ming_trt.serving.answer import Answer, server_error
 from ming_trt.serving.graph import ENSEMBLE
-from ming_trt.serving.local_memory import Region, is_local, release, share
-from ming_trt.serving.wire import bytes_tensor, infer_request, json_tensor, raw_tensor
+from ming_trt.serving.local_memory import Region, is_local, share
+from ming_trt.serving.wire import infer_request, json_tensor
 
 DEFAULT_URL = "localhost:8001"
 # The server ends a request whose client has not been heard of for this long.
@@ -35,222 +33,9 @@ LEASE_S = 15.0
 AHEAD_S = 20.0
 Media = bytes | str | Path
 _CONTROL_TIMEOUT_S = 10.0
-# How long a stream that nobody reads any more may take to end, and how long closing the client waits for that.
-_DRAIN_TIMEOUT_S = 60.0
+# How long closing waits for streams that nobody reads any more.
 _CLOSE_TIMEOUT_S = 2.0
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of the answer: its text (may be empty) and the server's state (`index`, `finish_reason`, ...).
-
-    `image`: a PNG file, of the picture or (`preview`) of what it looks like so far; `audio`: 16-bit samples, mono,
-    little end first, at `sample_rate`. `progress`: denoising steps that are done, and all.
-    """
-
-    text: str
-    state: Mapping[str, Any]
-    image: bytes | None = None
-    audio: bytes = b""
-
-    @property
-    def progress(self) -> tuple[int, int] | None:
-        return (int(self.state["step"]), int(self.state["steps"])) if "step" in self.state else None
-
-    @property
-    def preview(self) -> bool:
-        return "preview" in self.state
-
-    @property
-    def sample_rate(self) -> int:
-        return int(self.state.get("speech", {}).get("sample_rate", 0))
-
-
-class Answer:
-    """The answer to one question, as it comes. Iterate over it once; leaving its `with`, or `cancel`, ends it early.
-
-    After the end: `text`, `finish_reason` ("stop" or "length"), `usage` and `timings` as the server gave them, and the
-    client's own clock: `first_token_s` until the first text, `first_audio_s` until the first sound, `seconds` in all.
-    Of a request with `draw`: `image` (PNG) and `picture` (seed, size asked for and given, steps, seconds of each part).
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        request_id: str,
-        request: Any,
-        lease_s: float,
-        regions: Sequence[Region] = (),
-        ahead_s: float = 0.0,
-    ) -> None:
-        self.id = request_id
-        self.text = ""
-        self.finish_reason: str | None = None
-        self.usage: Mapping[str, Any] = {}
-        self.timings: Mapping[str, Any] = {}
-        self.image: bytes | None = None
-        self.picture: Mapping[str, Any] = {}
-        self.first_token_s: float | None = None
-        self.first_audio_s: float | None = None
-        self.seconds = 0.0
-        self._client = client
-        self._ended = threading.Event()
-        self._lost = ""
-        self._regions = list(regions)
-        self._ahead_s = ahead_s
-        self._heard_s = self._told_s = 0.0
-        self._complete = False
-        self._started = time.perf_counter()
-        self._call = client._stub.ModelStreamInfer(iter([request]))
-        self._deltas = self._read()
-        if lease_s > 0:
-            threading.Thread(target=self._renew, args=(lease_s,), name=f"lease-{request_id}", daemon=True).start()
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self._deltas
-
-    def __next__(self) -> Delta:
-        return next(self._deltas)
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._deltas.close()
-        self._stop()
-
-    def cancel(self) -> None:
-        """Asks the server to end the request; harmless after its end. The iteration then ends with `CancelledError`."""
-        if not self._ended.is_set():
-            self._client.control("cancel", self.id)
-
-    def read_all(self) -> str:
-        """Waits for the end; the whole text."""
-        for _ in self._deltas:
-            pass
-        return self.text
-
-    def summary(self) -> dict[str, Any]:
-        """The finished answer as JSON-ready values; times in seconds, by the client's clock unless named `timings`."""
-        tokens = int(self.usage.get("completion_tokens", 0))
-        decode = self.seconds - (self.first_token_s or 0.0)
-        return {
-            "id": self.id,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "usage": dict(self.usage),
-            "timings": dict(self.timings),
-            "picture": dict(self.picture),
-            "first_token_s": self.first_token_s,
-            "first_audio_s": self.first_audio_s,
-            "seconds": self.seconds,
-            # The first token belongs to the prefill.
-            "tokens_per_s": (tokens - 1) / decode if tokens > 1 and self.first_token_s and decode > 0 else None,
-        }
-
-    def _read(self) -> Generator[Delta, None, None]:
-        failure: MingError | None = None
-        try:
-            for message in self._call:
-                # Read on to the end of the stream, also after an error: see `_drain`.
-                if message.error_message:
-                    failure = failure or _error(message.error_message)
-                    continue
-                delta = self._delta(message.infer_response)
-                if delta is not None:
-                    yield delta
-                    self._hear(delta)
-            self._complete = True
-        except grpc.RpcError as error:
-            self._complete, failure = True, self._explain(error)
-        finally:
-            self._stop()
-        if failure is None and self.finish_reason is None:
-            failure = ServeError("the server ended the answer without a finish reason: look into its log")
-        if failure is not None:
-            raise failure
-
-    def _hear(self, delta: Delta) -> None:
-        """Tells the server how much sound was taken, so that it sends more: the back-pressure of a slow reader."""
-        if not delta.audio or not self._ahead_s:
-            return
-        self._heard_s += len(delta.audio) / 2 / delta.sample_rate
-        if self._heard_s - self._told_s >= self._ahead_s / 4:
-            self._tell()
-
-    def _tell(self) -> None:
-        heard = self._heard_s
-        with contextlib.suppress(MingError):  # it is said again with the next renewal of the lease
-            self._client.control("heard", self.id, heard)
-            self._told_s = heard
-
-    def _stop(self) -> None:
-        """The end of this answer for its reader; if that is not the end of the stream, it is read to there unseen."""
-        if self._ended.is_set():
-            return
-        self.seconds = time.perf_counter() - self._started
-        self._ended.set()
-        if self._complete:
-            release(self._regions)
-        else:
-            self._client._later(self._drain)
-
-    def _drain(self) -> None:
-        """Cancels the request and waits for the end of its stream.
-
-        Ending the stream from here is what one would expect, but Triton 2.51 then keeps the request, and with it the
-        ensemble, in memory for ever. Shared memory, too, is in use until the request has ended.
-        """
-        emergency = threading.Timer(_DRAIN_TIMEOUT_S, self._call.cancel)
-        emergency.daemon = True
-        emergency.start()
-        with contextlib.suppress(MingError):
-            self._client.control("cancel", self.id)
-        with contextlib.suppress(grpc.RpcError):
-            for _ in self._call:
-                pass
-        emergency.cancel()
-        release(self._regions)
-
-    def _delta(self, response: Any) -> Delta | None:
-        texts, state = bytes_tensor(response, "text"), json_tensor(response, "state")
-        if texts is None or state is None:
-            return None
-        text = texts[0].decode("utf-8", "replace")
-        images, audio = bytes_tensor(response, "image"), raw_tensor(response, "audio") or b""
-        now = time.perf_counter() - self._started
-        if text and self.first_token_s is None:
-            self.first_token_s = now
-        if audio and self.first_audio_s is None:
-            self.first_audio_s = now
-        if images and "picture" in state:
-            self.image, self.picture = images[0], state["picture"]
-        self.text += text
-        if state.get("finish_reason"):
-            self.finish_reason = str(state["finish_reason"])
-            self.usage, self.timings = state.get("usage") or {}, state.get("timings") or {}
-        return Delta(text, state, images[0] if images else None, audio)
-
-    def _explain(self, error: Any) -> MingError:
-        if self._lost:
-            return ServeError(self._lost)
-        return self._client._explain(error)
-
-    def _renew(self, lease_s: float) -> None:
-        while not self._ended.wait(lease_s / 3) and not self._client.closed:
-            try:
-                reply = self._client.control("renew", self.id, lease_s)
-            except MingError:
-                continue  # the stream itself reports a server that is gone
-            if self._heard_s > self._told_s:
-                self._tell()
-            if reply.get("lost") and not self._ended.is_set():
-                self._lost = f"the server lost request '{self.id}', since its model '{reply['lost']}' died: ask again"
-                self._call.cancel()
-                return
 
 
 class Client:
@@ -379,7 +164,7 @@ class Client:
             return ServeError(f"no server answers at {self.url}: start one with `ming-trt serve REPO`, or give --url")
         if error.code() == grpc.StatusCode.UNAVAILABLE or "Stream removed" in details:
             return ServeError(f"the connection to {self.url} broke off ({details}): see whether the server still runs")
-        return _error(details)
+        return server_error(details)
 
 
 def _one_turn(
@@ -401,15 +186,3 @@ def _content(file: Media) -> bytes:
         return Path(file).read_bytes()
     except OSError as error:
         raise InputError(f"'{file}' cannot be read ({error.strerror}): give the path of a file") from None
-
-
-def _error(message: str) -> MingError:
-    """The server's sentence as the error that the stage raised.
-
-    A stream's errors carry no status (asking for one by the header `triton_grpc_error` crashes Triton 2.51), so the
-    stages put the name of the error before the sentence.
-    """
-    message = message.removeprefix(f"in ensemble '{ENSEMBLE}', ").split("\n")[0].strip()
-    if "is not healthy" in message:
-        return ServeError("a process of the server died just now and is being started again: ask again in a moment")
-    return parse_error(message) or ServeError(message or "the server failed without a word: look into its log")

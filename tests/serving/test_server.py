@@ -18,8 +18,9 @@ from tritonclient.grpc import service_pb2
 
 from ming_trt import bundle
 from ming_trt.errors import BundleError, CancelledError, EngineError, InputError, MingError, ServeError
+from ming_trt.serving.answer import Answer
 from ming_trt.serving.assemble import assemble
-from ming_trt.serving.client import Answer, Client
+from ming_trt.serving.client import Client
 from ming_trt.serving.launch import Ports, Server
 from ming_trt.serving.local_memory import is_local, share
 from ming_trt.serving.supervise import alive, stubs
