@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from builders.component import Feeds
 from builders.fp8 import LARGEST, Range, fake_quantised, weight_scales
 from builders.fp8_steps import TIME, ranges_of, scale_at
 from builders.layers import LayerReport
 from builders.precision import FP8PerChannel, Scheme, kept
+from builders.reference import run_definition
 from builders.tensors import Array
 from builders.verify import compare
 from ming_trt.presets import Thresholds
@@ -99,10 +98,5 @@ def linear_errors(module: torch.nn.Module, feeds: Feeds, amax: Mapping[str, floa
         for name, inner in module.named_modules()
         if isinstance(inner, MoE) and f"{name}.gate_up" in amax
     ]
-    try:
-        with torch.inference_mode():
-            module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_definition(module, feeds, handles)
     return tuple(reports.values())

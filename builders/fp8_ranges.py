@@ -21,6 +21,7 @@ import torch
 from builders.component import Component, Feeds
 from builders.fp8 import Range
 from builders.fp8_steps import TIME, ranges_of
+from builders.reference import run_definition
 from builders.verify import SEED
 from ming_trt.errors import BuildError
 
@@ -172,8 +173,7 @@ def _observed(module: torch.nn.Module, feeds: Iterable[Feeds]) -> Iterator[tuple
     try:
         for sample in feeds:
             amax.clear()
-            with torch.inference_mode():
-                module(*(torch.from_numpy(np.array(value)) for value in sample.values()))
+            run_definition(module, sample)
             yield dict(amax), sample
     finally:
         for handle in handles:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builders.component import Component, Feeds
-from builders.reference import reference
+from builders.reference import reference, run_definition
 from builders.verify import Array, available_memory, compare, sample
 from ming_trt.errors import EngineError
 from ming_trt.presets import Thresholds
@@ -100,12 +100,7 @@ def _module_outputs(
         return record
 
     handles = [inner.register_forward_hook(hook(_canonical(name))) for name, inner in module.named_modules() if name]
-    try:
-        with torch.inference_mode():
-            module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_definition(module, feeds, handles)
     return outputs
 
 

@@ -7,13 +7,16 @@ definition takes the memory of its largest layer and of what lies outside the la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from builders.component import Component
+import numpy as np
+
+from builders.component import Component, Feeds
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
 
     from ming_trt.checkpoint import Checkpoint
     from ming_trt.config import MingConfig
@@ -96,6 +99,18 @@ def _set(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+
+
+def run_definition(module: torch.nn.Module, feeds: Feeds, hooks: Sequence[RemovableHandle] = ()) -> Any:
+    """What a definition gives for `feeds`, which are in the order of its inputs. `hooks` are removed after the run."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _stream(

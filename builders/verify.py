@@ -119,11 +119,9 @@ def sample(component: Component, config: MingConfig) -> Feeds:
 
 def reference_outputs(module: torch.nn.Module, feeds: Feeds, names: list[str]) -> dict[str, Array]:
     """What the torch definition gives for `feeds`, by output name, in float32."""
-    import torch
+    from builders.reference import run_definition
 
-    with torch.inference_mode():
-        result = module(*(torch.from_numpy(np.array(value)) for value in feeds.values()))
-    return dict(zip(names, flatten(result), strict=True))
+    return dict(zip(names, flatten(run_definition(module, feeds)), strict=True))
 
 
 def run_engine(model: Path, name: str, feeds: Feeds, threads: int = 0) -> dict[str, Array]:
