@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Any]:
-    """Imports scripts by name, as they import each other."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 def test_candidates_take_turns(scripts: Any) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +45,6 @@ MERGED = {
     "results": [RESULT],
     "failures": {"vision": "exit code 1: it broke"},
 }
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Any]:
-    """Imports scripts by name, as they import each other."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 def options(out: Path, minutes: float = 15.0) -> argparse.Namespace:

@@ -4,9 +4,7 @@ The bindings of 11.4 load over libraries that define their few entry points as n
 """
 
 import ast
-import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from builders import tensorrt_api, tensorrt_child
 from builders.tensorrt_api import FULL, RTX, load
 from ming_trt.errors import BuildError, UnavailableError
+from tests.tensorrt_bindings import null_libraries, rtx_libraries
 
 # What our variables hold, by name, in the two modules that talk to TensorRT.
 CLASSES = {
@@ -30,21 +29,6 @@ CLASSES = {
     "registry": "IPluginRegistry",
 }
 RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
-NULLS = {
-    "libnvinfer.so.11": [
-        "createInferBuilder_INTERNAL",
-        "createInferRefitter_INTERNAL",
-        "createInferRuntime_INTERNAL",
-        "getBuilderPluginRegistry",
-        "getPluginRegistry",
-    ],
-    "libnvonnxparser.so.11": [
-        "createNvOnnxParserRefitter_INTERNAL",
-        "createNvOnnxParser_INTERNAL",
-        "getNvOnnxParserVersion",
-    ],
-    "libnvinfer_plugin.so.11": ["initLibNvInferPlugins"],
-}
 PROBE = """
 import ctypes, importlib, json, sys
 for library in sys.argv[2:]:
@@ -98,16 +82,7 @@ def test_the_calls_are_found() -> None:
 
 
 def test_calls_exist_in_the_data_centre_edition(tmp_path: Path) -> None:
-    if importlib.util.find_spec("tensorrt_bindings") is None:
-        pytest.skip("the bindings of TensorRT are not installed: pip install tensorrt_cu13_bindings==11.4.0.106")
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler for the null libraries")
-    libraries = []
-    for name, symbols in NULLS.items():
-        source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols)
-        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(tmp_path / name)]
-        subprocess.run(command, input=source, text=True, check=True)
-        libraries.append(tmp_path / name)
+    libraries = null_libraries(tmp_path)
     version, missing = probe("tensorrt_bindings", calls() - RTX_ONLY, libraries)
     assert version.startswith("11.4.") and not missing
     # and the probe does find what is not there
@@ -115,12 +90,7 @@ def test_calls_exist_in_the_data_centre_edition(tmp_path: Path) -> None:
 
 
 def test_calls_exist_in_rtx() -> None:
-    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
-        pytest.skip("TensorRT-RTX is not installed: pip install 'ming-trt[rtx]'")
-    import tensorrt_rtx_libs
-
-    folder = Path(str(tensorrt_rtx_libs.__file__)).parent
-    version, missing = probe("tensorrt_rtx_bindings", calls(), sorted(folder.glob("libtensorrt_rtx.so.1")))
+    version, missing = probe("tensorrt_rtx_bindings", calls(), rtx_libraries())
     assert version == load(RTX).version and not missing
 
 

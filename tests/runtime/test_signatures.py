@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from ming_trt.errors import EngineError, UnavailableError
 from ming_trt.runtime import cuda, signatures, tensorrt
 from ming_trt.runtime.tensorrt import CALLS, Library, load_plan
-from tests.builders.test_tensorrt_api import NULLS
+from tests.tensorrt_bindings import null_libraries, rtx_libraries
 
 from . import fake_tensorrt
 
@@ -63,28 +62,14 @@ def probe(module: str, libraries: list[Path]) -> tuple[str, list[str], list[str]
 
 
 def test_calls_exist_in_the_data_centre_edition(tmp_path: Path) -> None:
-    if importlib.util.find_spec("tensorrt_bindings") is None:
-        pytest.skip("the bindings of TensorRT are not installed: pip install tensorrt_cu13_bindings==11.4.0.106")
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler for the null libraries")
-    libraries = []
-    for name, symbols in NULLS.items():
-        source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols)
-        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(tmp_path / name)]
-        subprocess.run(command, input=source, text=True, check=True)
-        libraries.append(tmp_path / name)
+    libraries = null_libraries(tmp_path)
     version, found, planted = probe("tensorrt_bindings", libraries)
     assert version.startswith("11.4.") and not found
     assert len(planted) == 2 and all(any(text in each for each in planted) for text in PLANTED)
 
 
 def test_calls_exist_in_rtx() -> None:
-    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
-        pytest.skip("TensorRT-RTX is not installed: pip install 'ming-trt[rtx]'")
-    import tensorrt_rtx_libs
-
-    folder = Path(str(tensorrt_rtx_libs.__file__)).parent
-    _, found, planted = probe("tensorrt_rtx_bindings", sorted(folder.glob("libtensorrt_rtx.so.1")))
+    _, found, planted = probe("tensorrt_rtx_bindings", rtx_libraries())
     assert not found and len(planted) == 2
 
 
