@@ -207,7 +207,6 @@ class Graph:
 
     def _execute(self, space: Workspace, step: Step, results: Mapping[str, Result], shown: Progress) -> Result:
         key = self.keys[step.name]
-        work: Path | None = None
         started = time.monotonic()
         try:
             with disk_errors(space.folder, steps=True):
@@ -235,14 +234,12 @@ class Graph:
             return Result(Outcome.OK, key, record=space.publish(record, work), seconds=seconds)
         except Exception as problem:  # noqa: BLE001 - a library's exception becomes the step's failure, chained for --debug
             error = problem if isinstance(problem, MingError) else _sentence(step.name, problem)
-            if work is not None:
-                space.abandon(work)
+            space.abandon(step.name)
             _note_failure(space, step.name, error)
             return Result(Outcome.FAIL, key, error=error, seconds=time.monotonic() - started)
         except BaseException:
             # interrupted: the next builder would clear this away, but it may be large
-            if work is not None:
-                space.abandon(work)
+            space.abandon(step.name)
             raise
 
 

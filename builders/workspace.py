@@ -146,16 +146,20 @@ class Workspace:
 
     def begin(self, step: str) -> Path:
         """An empty folder to make the output of `step` in."""
-        work = self.folder / WORK / f"{step}-{os.getpid()}"
+        work = self._work(step)
         with disk_errors(self.folder):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         self._hook(f"work:{step}")
         return work
 
-    def abandon(self, work: Path) -> None:
-        """Removes an output that will not be published."""
-        shutil.rmtree(work, ignore_errors=True)
+    def abandon(self, step: str) -> None:
+        """Removes an output of `step` that will not be published. By name, since an interrupt may come before `begin`
+        has returned."""
+        shutil.rmtree(self._work(step), ignore_errors=True)
+
+    def _work(self, step: str) -> Path:
+        return self.folder / WORK / f"{step}-{os.getpid()}"
 
     def publish(self, record: Record, work: Path) -> Record:
         """Journals the output in `work` and renames it into place. Returns the record with its files."""

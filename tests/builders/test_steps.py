@@ -226,6 +226,17 @@ def test_interrupt_leaves_no_work_and_is_passed_on(tmp_path: Path) -> None:
     toy.build(tmp_path / "b", "one")
 
 
+def test_interrupt_while_the_work_begins_leaves_none(tmp_path: Path) -> None:
+    def interrupt(event: str) -> None:
+        if event.startswith("work:"):
+            assert list((tmp_path / "b" / ".work").iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.build(tmp_path / "b", "one", interrupt)
+    assert not list((tmp_path / "b" / ".work").iterdir())
+
+
 def test_skipped_needs_are_passed_on(tmp_path: Path) -> None:
     graph = Graph([Step("x", "1", _nothing, skip="no weights"), Step("y", "1", _nothing, ("x",))])
     with Workspace(tmp_path / "b") as space:
