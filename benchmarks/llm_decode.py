@@ -11,12 +11,12 @@ import gc
 from typing import Any
 
 import torch
-from harness import READ_BYTES, Row, against, arguments, cores, finish, interleave, measure_ceiling, reader
-from llm_step import OurStep, difference, load_torch, step_inputs, torch_peers
-from random_model import OFFICIAL_VOCABULARY, config, engine_file
+from harness import READ_BYTES, Row, Work, against, arguments, cores, finish, interleave, measure_ceiling, reader
+from llm_step import OurStep, difference, head_bytes, head_engines, load_torch, step_inputs, torch_peers
+from random_model import config, engine_file
 
 from builders.llm import LLM
-from ming_trt.models.cost import HEAD, llm_step
+from ming_trt.models.cost import llm_step
 
 # At least, and the goal: times faster than the best of torch, and the share of the read bandwidth.
 SPEED = {"int8": (2.5, 3.0), "int4": (3.8, 4.5)}
@@ -96,20 +96,15 @@ def main() -> None:
 
 
 def head(tiny: bool, small: dict[str, OurStep], threads: int, bandwidth: float, seconds: float) -> list[Row]:
-    """The projection to the official vocabulary: the difference to a one-layer engine with a small one."""
-    wide = config(tiny, vocab_size=8192 if tiny else OFFICIAL_VOCABULARY, num_layers=1)
-    narrow = config(tiny, num_layers=1)
+    """The projection to the official vocabulary, apart."""
     for engine in small.values():
         engine.close()
-    engines = {
-        name: OurStep(engine_file(LLM(), model, "int8"), threads)
-        for name, model in (("wide", wide), ("narrow", narrow))
+    engines = head_engines(tiny, threads)
+    steps: dict[str, Work] = {
+        name: engine.step(step_inputs(llm, 1, 8, 1, 64)) for name, (engine, llm) in engines.items()
     }
-    arrays = {"wide": step_inputs(wide.llm, 1, 8, 1, 64), "narrow": step_inputs(narrow.llm, 1, 8, 1, 64)}
-    times = interleave({name: engine.step(arrays[name]) for name, engine in engines.items()}, seconds, repeats=5)
-    took = times["wide"].median - times["narrow"].median
-    weights = llm_step(wide.llm, 1).weights[HEAD] - llm_step(narrow.llm, 1).weights[HEAD]
-    size = weights * (1 + 4 / 128)
+    times = interleave(steps, seconds, repeats=5)
+    took, size = times["wide"].median - times["narrow"].median, head_bytes(tiny)
     return [Row("head, 8 bits", 1000 * took, more={"MBU": size / took / bandwidth, "MB": size / 1e6})]
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_model import RandomCheckpoint
+from random_model import OFFICIAL_VOCABULARY, RandomCheckpoint, config, engine_file
 from torch.nn import functional
 
-from ming_trt.config import LLMConfig
+from builders.llm import LLM
+from ming_trt.config import LLMConfig, MingConfig
 from ming_trt.models import ops, rope
+from ming_trt.models.cost import HEAD, llm_step
 from ming_trt.models.llm import MingLLM, input_names, weight_map
 from ming_trt.models.weights import load_weights
 from ming_trt.runtime.onnxruntime import OnnxRuntimeEngine
@@ -57,6 +59,24 @@ class OurStep:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def head_engines(tiny: bool, threads: int) -> dict[str, tuple[OurStep, LLMConfig]]:
+    """Two int8 engines of one layer, `wide` with the official vocabulary and `narrow` with a small one: the difference
+    of their steps is the projection."""
+    models = {"wide": _one_layer(tiny, wide=True), "narrow": _one_layer(tiny, wide=False)}
+    return {name: (OurStep(engine_file(LLM(), model, "int8"), threads), model.llm) for name, model in models.items()}
+
+
+def head_bytes(tiny: bool) -> float:
+    """What the projection reads more in the wide engine, in 8 bits with a float32 scale for 128 weights."""
+    wide, narrow = (llm_step(_one_layer(tiny, wide=wide).llm, 1).weights[HEAD] for wide in (True, False))
+    return (wide - narrow) * (1 + 4 / 128)
+
+
+def _one_layer(tiny: bool, wide: bool) -> MingConfig:
+    words = {"vocab_size": 8192 if tiny else OFFICIAL_VOCABULARY} if wide else {}
+    return config(tiny, num_layers=1, **words)
 
 
 def load_torch(config: LLMConfig, dtype: torch.dtype) -> MingLLM:
