@@ -18,8 +18,8 @@ from ming_trt.bench.samples import Sample
 # Sends request number n, due so many seconds after `origin` (a time of `time.perf_counter`).
 Send = Callable[[int, float, float], Sample]
 
-# Requests of an open loop that may be under way: above it they start late, which the samples tell.
-MAX_OPEN = 256
+# Requests that may be under way, a thread each: above it those of an open loop start late, which the samples tell.
+MAX_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _closed(concurrency: int, requests: int, send: Send, seconds: float) -> tupl
 
 
 def _open(times: Sequence[float], send: Send) -> tuple[list[Sample], float]:
-    with ThreadPoolExecutor(min(MAX_OPEN, len(times)), "bench") as pool:
+    with ThreadPoolExecutor(min(MAX_TOGETHER, len(times)), "bench") as pool:
         futures = []
         origin = time.perf_counter()
         for number, due in enumerate(times):

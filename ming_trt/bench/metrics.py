@@ -17,25 +17,33 @@ from ming_trt.bench.stats import summarize
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request must keep to count for goodput, seconds: time to its first token, and mean time per token after
-    it. `total` 0: the whole answer may take any time."""
+    """What a request must keep to count for goodput, seconds: time to its first token, mean time per token after it,
+    time to the first sound of a spoken answer, and for the whole answer. The last two may be 0: any time will do."""
 
     first_token: float = 1.0
     per_token: float = 0.1
     total: float = 0.0
+    first_audio: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """JSON-ready."""
+        return {
+            "first_token_s": self.first_token,
+            "per_token_s": self.per_token,
+            "first_audio_s": self.first_audio,
+            "total_s": self.total,
+        }
 
     def kept_by(self, sample: Sample) -> bool:
         """Whether the request succeeded in time."""
         first, gap = TimeToFirstToken().of(sample), InterTokenLatency().of(sample)
+        if not sample.ok or (self.total and sample.seconds > self.total):
+            return False
         if sample.picture:  # has no tokens: only the whole counts
-            return sample.ok and (not self.total or sample.seconds <= self.total)
-        return (
-            sample.ok
-            and bool(first)
-            and first[0] <= 1000 * self.first_token
-            and (not gap or gap[0] <= 1000 * self.per_token)
-            and (not self.total or sample.seconds <= self.total)
-        )
+            return True
+        if self.first_audio and sample.sounds and sample.sounds[0][0] > self.first_audio:
+            return False
+        return bool(first) and first[0] <= 1000 * self.first_token and (not gap or gap[0] <= 1000 * self.per_token)
 
 
 class Metric(Protocol):

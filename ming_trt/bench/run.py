@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from typing import Any
 from ming_trt import __version__
 from ming_trt.bench.ceiling import ServedModel, shares
 from ming_trt.bench.hops import account
-from ming_trt.bench.load import Load, run_load
+from ming_trt.bench.load import MAX_TOGETHER, Load, run_load
 from ming_trt.bench.machine import Ceiling, environment, measure_ceiling
 from ming_trt.bench.media import Medium, find_media
 from ming_trt.bench.metrics import Slo, summaries, totals
@@ -68,19 +68,27 @@ class Options:
         for name in ("requests", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
-        for name in ("warmup", "traces", "seconds", "steps"):
-            if getattr(self, name) < 0:
+        for name in ("warmup", "traces", "seconds", "steps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name} is {getattr(self, name):g}: give 0 or more")
+        for name, value in self.slo.as_dict().items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"the objective {name} is {value:g}: give seconds, 0 or more")
         if not self.concurrency and not self.rates:
             raise InputError("there is no load to measure: give --concurrency or --rate")
-        if any(value < 1 for value in self.concurrency):
-            raise InputError(f"--concurrency has {min(self.concurrency)}: give at least 1")
-        if any(value <= 0 for value in self.rates or ()):
-            raise InputError(f"--rate has {min(self.rates or ())}: give requests per second, more than 0")
+        for number in self.concurrency:
+            if not 1 <= number <= MAX_TOGETHER:
+                raise InputError(f"--concurrency has {number}: give 1 to {MAX_TOGETHER}")
+        for rate in self.rates or ():
+            if not 0 < rate < math.inf:
+                raise InputError(f"--rate has {rate:g}: give requests per second, more than 0")
 
 
 def run(options: Options, progress: Progress = lambda line: None) -> dict[str, Any]:
-    """The report. Raises `ServeError` if the server does not answer, or if no request at all succeeded."""
+    """The report. Raises `ServeError` if the server does not answer, or if no request at all succeeded.
+
+    If the server goes away meanwhile, the report has what was measured until then, and `stopped` says why it ends.
+    """
     model = ServedModel.of(options.bundle) if options.bundle else None
     media = find_media(options.media)
     with Client(options.url) as client, ServerView(options.url) as view:
@@ -94,11 +102,18 @@ def run(options: Options, progress: Progress = lambda line: None) -> dict[str, A
         # Before the load: afterwards the server's caches would be cold, and while it runs they would compete.
         ceiling = measure_ceiling() if is_local(options.url) else None
         tracing = Tracing(view)
-        points = [
-            point
-            for scenario in chosen
-            for point in _Scenario(options, client, view, tracing, scenario, media, progress).points(model, ceiling)
-        ]
+        points, stopped = list[dict[str, Any]](), ""
+        try:
+            for scenario in chosen:
+                measuring = _Scenario(options, client, view, tracing, scenario, media, progress)
+                for point in measuring.points(model, ceiling):
+                    points.append(point)  # one by one: what was measured stays when the server goes
+        except ServeError as error:
+            if not points:
+                raise
+            stopped = str(error)
+            done = {point["scenario"] for point in points}
+            skipped |= {scenario.name: stopped for scenario in chosen if scenario.name not in done}
     if not any(point["totals"]["succeeded"] for point in points):
         errors = {sentence for point in points for sentence in point["totals"]["errors"]}
         raise ServeError(f"no request succeeded: {min(errors)}")
@@ -113,6 +128,7 @@ def run(options: Options, progress: Progress = lambda line: None) -> dict[str, A
         "manifest": dict(model.manifest) if model else None,
         "ceiling": ceiling.as_dict() if ceiling else None,
         "traces": ("--traces is 0" if not options.traces else tracing.why_not) or "by the server",
+        "stopped": stopped,
         "points": points,
         "skipped": skipped,
     }
@@ -134,16 +150,18 @@ class _Scenario:
         self._options, self._client, self._view, self._tracing = options, client, view, tracing
         self._scenario, self._media, self._progress = scenario, media, progress
 
-    def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> list[dict[str, Any]]:
-        """All loads: concurrencies first, since they tell the rates."""
-        options, found = self._options, []
+    def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> Iterator[dict[str, Any]]:
+        """All loads: concurrencies first, since they tell the rates. Raises `ServeError` where the server is gone."""
+        options, best = self._options, 0.0
         for number in options.concurrency:
-            found.append(self._point(Load("concurrency", number), model, ceiling))
+            point = self._point(Load("concurrency", number), model, ceiling)
+            best = max(best, point["totals"]["requests_per_s"])
+            yield point
         rates: Sequence[float] = options.rates or ()
-        if options.rates is None:
-            best = max((point["totals"]["requests_per_s"] for point in found), default=0.0)
-            rates = [share * best for share in AUTO_RATES] if best else []
-        return found + [self._point(Load("rate", rate), model, ceiling) for rate in rates]
+        if options.rates is None and best:
+            rates = [share * best for share in AUTO_RATES]
+        for rate in rates:
+            yield self._point(Load("rate", rate), model, ceiling)
 
     def _point(self, load: Load, model: ServedModel | None, ceiling: Ceiling | None) -> dict[str, Any]:
         options = self._options
@@ -154,13 +172,14 @@ class _Scenario:
         run_load(warm, options.warmup, self._send(1, options.warmup), options.seed, limit / 4)
         before = self._counts()
         samples, wall = run_load(load, options.requests, self._send(0, options.requests), options.seed, limit)
-        counts = {
-            name: count.since(before.get(name, ModelCount()))
-            for name, count in self._settled(before, len(samples)).items()
-        }
+        try:
+            after = self._settled(before, len(samples))
+        except ServeError:
+            after = {}  # it ended meanwhile: its requests tell why, and the next load finds nobody
+        counts = {name: count.since(before.get(name, ModelCount())) for name, count in after.items()}
         metrics = summaries(samples, options.slo)
         good = [sample for sample in samples if sample.ok]
-        accounting = account(samples, counts)
+        accounting = account(samples, counts) if after else None
         point: dict[str, Any] = {
             "scenario": self._scenario.name,
             "title": self._scenario.title,
@@ -170,7 +189,7 @@ class _Scenario:
             "completion_tokens": fmean(sample.completion_tokens for sample in good) if good else 0,
             "metrics": metrics,
             "hops": accounting.as_dict() if accounting else None,
-            "traces": self._traced(load) if good else None,
+            "traces": self._traced(load) if good and after else None,
             "ceiling": None,
             "samples": [sample.as_dict() for sample in samples],
         }
@@ -185,10 +204,10 @@ class _Scenario:
         count = min(self._options.traces, self._options.requests)
         if not count or self._tracing.why_not:
             return None
-        with self._tracing.on():
-            limit = (self._options.seconds or math.inf) / 4
-            samples, _ = run_load(load, count, self._send(2, count), self._options.seed, limit)
         try:
+            with self._tracing.on():
+                limit = (self._options.seconds or math.inf) / 4
+                samples, _ = run_load(load, count, self._send(2, count), self._options.seed, limit)
             return summarize_traces(self._tracing.read([sample.id for sample in samples]), samples)
         except ServeError as error:
             return {"requests": 0, "rows": [], "total_ms": 0.0, "timeline": None, "note": str(error)}
@@ -240,7 +259,8 @@ def _line(name: str, load: Load, point: Mapping[str, Any]) -> str:
     for key in ("ttft", "itl", "e2e"):
         if key in metrics:
             text += f", {key} p50 {metrics[key]['p50']['value']:.1f} {metrics[key]['unit']}"
-    return text
+    errors = counted["errors"]
+    return f"{text}; {max(errors, key=errors.__getitem__)}" if errors else text
 
 
 def _described(options: Options, media: Mapping[str, Medium]) -> dict[str, Any]:
@@ -255,10 +275,6 @@ def _described(options: Options, media: Mapping[str, Medium]) -> dict[str, Any]:
         "max_tokens": options.max_tokens,
         "steps": options.steps,
         "seed": options.seed,
-        "slo": {
-            "first_token_s": options.slo.first_token,
-            "per_token_s": options.slo.per_token,
-            "total_s": options.slo.total,
-        },
+        "slo": options.slo.as_dict(),
         "media": {kind: medium.name for kind, medium in media.items()},
     }

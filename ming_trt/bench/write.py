@@ -24,7 +24,7 @@ def write(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     data, html = folder / REPORT, folder / HTML
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(report, ensure_ascii=False) + "\n", "utf-8")
+        data.write_text(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
         html.write_text(page(report), "utf-8")
     except OSError as error:
         raise InputError(f"'{folder}' cannot be written ({error.strerror}): give another folder by -o") from None
@@ -106,9 +106,11 @@ def summary(report: Mapping[str, Any], files: tuple[Path, Path]) -> dict[str, An
                 },
                 "tokens_per_s": point["totals"]["tokens_per_s"],
                 "goodput_share": point["totals"]["goodput_share"],
+                "errors": point["totals"]["requests"] - point["totals"]["succeeded"],
                 "hops_add_up": bool(point["hops"] and point["hops"]["closes"]),
             }
             for point in report["points"]
         ],
         "skipped": report["skipped"],
+        "stopped": report["stopped"],
     }

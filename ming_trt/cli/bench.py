@@ -39,6 +39,7 @@ def command(
     seed: int = typer.Option(0, help="Equal seeds give equal questions and arrivals."),
     slo_ttft: float = typer.Option(1.0, help="Objective: seconds to the first token."),
     slo_itl: float = typer.Option(0.1, help="Objective: seconds per token after it."),
+    slo_audio: float = typer.Option(2.0, help="Objective: seconds to the first sound of a spoken answer; 0 = none."),
     slo_total: float = typer.Option(0.0, help="Objective: seconds for the whole answer; 0 = none."),
     media: Path | None = typer.Option(None, help="Folder with a picture, a video, a recording to send."),
     bundle: Path | None = typer.Option(None, help="The bundle that is served: adds its digest, MBU and MFU."),
@@ -50,7 +51,7 @@ def command(
     """Measure a running server: latency, throughput and goodput by scenario and load, and where the time goes.
 
     Writes report.json (with every request) and report.html; the last line of stdout is one JSON object. Exit code 0 if
-    any request succeeded: errors are counted in the report.
+    any request succeeded: errors are counted in the report. 1 if the server went away: the report then ends there.
     """
     if compare:
         return _compare(*compare, output)
@@ -64,7 +65,7 @@ def command(
     options = Options(
         url=url,
         scenarios=tuple(scenario),
-        concurrency=tuple(int(value) for value in _numbers(concurrency, "--concurrency")),
+        concurrency=tuple(_counts(concurrency, "--concurrency")),
         rates=None if rate == "auto" else tuple(_numbers(rate, "--rate")),
         requests=requests,
         warmup=warmup,
@@ -73,7 +74,7 @@ def command(
         max_tokens=max_tokens,
         steps=steps,
         seed=seed,
-        slo=Slo(slo_ttft, slo_itl, slo_total),
+        slo=Slo(slo_ttft, slo_itl, slo_total, slo_audio),
         media=media,
         bundle=bundle,
     )
@@ -86,8 +87,12 @@ def command(
     out.print(latency_table(report))
     skipped = "; ".join(f"{name}: {why}" for name, why in report["skipped"].items())
     out.print(f"\nmedian / 95th percentile in milliseconds (rtf: s/s); {skipped or 'nothing was left out'}")
+    if report["stopped"]:
+        out.print(f"the measurement ended early: {report['stopped']}")
     out.print(f"report: {files[1]}\n")
     typer.echo(json_module.dumps(summary(report, files), ensure_ascii=False))
+    if report["stopped"]:
+        raise typer.Exit(1)
 
 
 def _inputs(options: Options, output: Path) -> None:
@@ -109,9 +114,11 @@ def _inputs(options: Options, output: Path) -> None:
 
 def _compare(a: Path, b: Path, output: Path | None) -> None:
     from ming_trt.bench.compare import compare, read_report
-    from ming_trt.bench.write import comparison_table
+    from ming_trt.bench.write import check_place, comparison_table
     from ming_trt.cli.output import console
 
+    if output is not None:
+        check_place(output)
     comparison = compare(read_report(a), read_report(b))
     out = console()
     out.print(comparison_table(comparison))
@@ -121,9 +128,15 @@ def _compare(a: Path, b: Path, output: Path | None) -> None:
         out.print(f"errors: {entry['scenario']}, {entry['load']}: {entry['a']} in A, {entry['b']} in B")
     line = json_module.dumps(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "comparison.json").write_text(line + "\n", "utf-8")
     typer.echo(line)
+
+
+def _counts(text: str, option: str) -> list[int]:
+    numbers = _numbers(text, option)
+    if not all(number.is_integer() for number in numbers):
+        raise InputError(f"{option} is '{text}': give whole numbers with commas between them")
+    return [int(number) for number in numbers]
 
 
 def _numbers(text: str, option: str) -> list[float]:

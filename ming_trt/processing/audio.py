@@ -88,7 +88,7 @@ def decode_audio(data: bytes, max_seconds: float | None = None) -> tuple[Floats,
             _check_length(frames, rate, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)[:, 0]
     except soundfile.SoundFileError as first:
-        samples, rate = _decode_with_ffmpeg(data, max_seconds, str(first))
+        samples, rate = _decode_with_ffmpeg(data, max_seconds, str(getattr(first, "error_string", first)))
     if len(samples) == 0:
         raise InputError("the audio has no samples: send a recording")
     return np.ascontiguousarray(samples), int(rate)

@@ -26,7 +26,8 @@ STAGES = ("preprocess", "vision_encoder", "audio_encoder", "llm", "postprocess")
 @dataclass
 class Delays:
     """Seconds. `stall`: an extra pause before the token in the middle. `fail_every`: every so manieth request ends
-    with an error after its prefill (0: none)."""
+    with an error after its prefill (0: none). `die_after`: with the request after so many the server ends (0: never).
+    """
 
     preprocess: float = 0.0
     preprocess_queue: float = 0.0
@@ -39,6 +40,7 @@ class Delays:
     network: float = 0.0
     stall: float = 0.0
     fail_every: int = 0
+    die_after: int = 0
 
 
 @dataclass
@@ -127,6 +129,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def _answer(self, request: Any, number: int) -> Iterator[Any]:
         delays, arrived = self.delays, time.perf_counter()
+        if delays.die_after and number > delays.die_after:
+            self._server.stop(0)
+            return
         tensors = {t.name: raw for t, raw in zip(request.inputs, request.raw_input_contents, strict=False)}
         body = json.loads(tensors["request"][4:])
         waited = self._sleep("preprocess queue", delays.preprocess_queue)

@@ -83,6 +83,9 @@ def test_goodput_needs_every_objective() -> None:
     assert not Slo(0.4, 0.11).kept_by(sample)
     assert not Slo(0.6, 0.09).kept_by(sample)
     assert not Slo(0.6, 0.11, total=0.9).kept_by(sample)
+    sample.sounds = [(0.9, 1.0)]
+    assert Slo(0.6, 0.11, first_audio=0.9).kept_by(sample)
+    assert not Slo(0.6, 0.11, first_audio=0.8).kept_by(sample)
     sample.error = "ServeError: gone"
     assert not Slo(0.6, 0.11).kept_by(sample)
 

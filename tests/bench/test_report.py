@@ -233,6 +233,18 @@ def test_reports_are_checked(tmp_path: Path) -> None:
             read_report(tmp_path)
 
 
+def test_command_of_a_server_that_goes_away(tmp_path: Path) -> None:
+    """The report is there, the last line says why it ends early, and so does the exit code."""
+    cli._register() if not cli.app.registered_commands else None
+    with FakeServer(Delays(die_after=3)) as server:
+        arguments = ["bench", "--url", server.url, "-o", str(tmp_path), "--scenario", "text", "--warmup", "0"]
+        done = CliRunner().invoke(cli.app, [*arguments, "--requests", "3", "--concurrency", "1,1", "--rate", "1"])
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert done.exit_code == 1 and "no server answers" in last["stopped"] and last["points"][0]["errors"] == 0
+    assert "no server answers" in (tmp_path / "report.html").read_text()
+    assert read_report(tmp_path)["points"]
+
+
 def test_command(tmp_path: Path) -> None:
     cli._register() if not cli.app.registered_commands else None
     runner = CliRunner()
@@ -250,7 +262,14 @@ def test_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--rate", "fast", "-o", "x"], "--rate is 'fast'"), ([], "give -o FOLDER")]
+    ("arguments", "message"),
+    [
+        (["--rate", "fast", "-o", "x"], "--rate is 'fast'"),
+        (["--concurrency", "1.5", "-o", "x"], "--concurrency is '1.5': give whole numbers"),
+        (["--concurrency", "nan", "-o", "x"], "--concurrency is 'nan': give whole numbers"),
+        (["--compare", "a", "b", "-o", __file__], "give another folder by -o"),
+        ([], "give -o FOLDER"),
+    ],
 )
 def test_command_refuses(arguments: list[str], message: str) -> None:
     cli._register() if not cli.app.registered_commands else None

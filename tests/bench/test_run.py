@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from ming_trt.bench.metrics import Slo
 from ming_trt.bench.run import Options, run
+from ming_trt.bench.write import summary
 from ming_trt.errors import InputError, ServeError
 
 from .fake_server import Delays, FakeServer
@@ -95,6 +98,19 @@ def test_only_errors_is_a_failure() -> None:
         measured(Delays(fail_every=1), requests=2)
 
 
+def test_a_server_that_goes_away_leaves_what_was_measured() -> None:
+    """Three of the five requests of the second load fail with it; the rates and the next scenario find nobody."""
+    lines: list[str] = []
+    with FakeServer(Delays(die_after=7)) as server:
+        options = Options(server.url, ("text", "image"), (1, 2), requests=5, warmup=0, max_tokens=2)
+        report = run(options, lines.append)
+    assert [point["totals"]["succeeded"] for point in report["points"]] == [5, 2]
+    assert report["points"][0]["hops"]["closes"] and report["points"][1]["hops"] is None
+    assert "no server answers" in report["stopped"] and report["skipped"] == {"image": report["stopped"]}
+    assert "2 of 5 requests" in lines[-1] and "ServeError" in lines[-1]
+    json.dumps(summary(report, (Path("a"), Path("b"))), allow_nan=False)
+
+
 def test_no_server() -> None:
     with pytest.raises(ServeError, match="no server answers"):
         run(Options("127.0.0.1:9"))
@@ -152,7 +168,14 @@ def test_report_is_json_and_says_its_conditions() -> None:
         ({"steps": -1}, "--steps is -1"),
         ({"concurrency": (), "rates": ()}, "no load"),
         ({"concurrency": (0,)}, "--concurrency has 0"),
+        ({"concurrency": (10**6,)}, "give 1 to 256"),
         ({"rates": (0.0,)}, "--rate has 0"),
+        ({"rates": (1.0, math.nan)}, "--rate has nan"),
+        ({"rates": (math.inf,)}, "--rate has inf"),
+        ({"seconds": math.nan}, "--seconds is nan"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"slo": Slo(per_token=math.nan)}, "objective per_token_s is nan"),
+        ({"slo": Slo(first_token=-1)}, "objective first_token_s is -1"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

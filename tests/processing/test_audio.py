@@ -146,7 +146,8 @@ def test_unusable_audio_is_refused_with_a_sentence() -> None:
     nan[7] = np.nan
     for data, words in [
         (b"", "0 bytes"),
-        (b"not a recording", "cannot be decoded"),
+        # no address of an object in it: equal files have equal sentences, which are counted
+        (b"not a recording", r"cannot be decoded \(Format not recogni[sz]ed\)"),
         (wav(NOISE)[:30], "cannot be decoded"),
         (wav(np.zeros(0, np.float32)), "no samples"),
         (wav(NOISE[:160]), r"0\.0100 s \(160 samples at 16 kHz\): send at least 0\.0126 s"),
