@@ -15,7 +15,7 @@ import grpc
 from ming_trt.errors import MingError, ServeError, parse_error
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import Region, release
-from ming_trt.serving.wire import bytes_tensor, json_tensor, raw_tensor
+from ming_trt.serving.wire import first_item, json_object, raw_tensors
 
 if TYPE_CHECKING:
     from ming_trt.serving.client import Client
@@ -85,7 +85,7 @@ class Answer:
         self._heard_s = self._told_s = 0.0
         self._complete = False
         self._started = time.perf_counter()
-        self._call = client._stub.ModelStreamInfer(iter([request]))
+        self._call = client._stream(request)
         self._deltas = self._read()
         if lease_s > 0:
             threading.Thread(target=self._renew, args=(lease_s,), name=f"lease-{request_id}", daemon=True).start()
@@ -199,23 +199,24 @@ class Answer:
         release(self._regions)
 
     def _delta(self, response: Any) -> Delta | None:
-        texts, state = bytes_tensor(response, "text"), json_tensor(response, "state")
-        if texts is None or state is None:
+        found = raw_tensors(response)
+        if "text" not in found or "state" not in found:
             return None
-        text = texts[0].decode("utf-8", "replace")
-        images, audio = bytes_tensor(response, "image"), raw_tensor(response, "audio") or b""
+        text, state = first_item(found["text"]).decode("utf-8", "replace"), json_object(found["state"], "state")
+        image = first_item(found["image"]) if found.get("image") else None
+        audio = found.get("audio", b"")
         now = time.perf_counter() - self._started
         if text and self.first_token_s is None:
             self.first_token_s = now
         if audio and self.first_audio_s is None:
             self.first_audio_s = now
-        if images and "picture" in state:
-            self.image, self.picture = images[0], state["picture"]
+        if image is not None and "picture" in state:
+            self.image, self.picture = image, state["picture"]
         self.text += text
         if state.get("finish_reason"):
             self.finish_reason = str(state["finish_reason"])
             self.usage, self.timings = state.get("usage") or {}, state.get("timings") or {}
-        return Delta(text, state, images[0] if images else None, audio)
+        return Delta(text, state, image, audio)
 
     def _explain(self, error: Any) -> MingError:
         if self._lost:

@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+from grpc.experimental import ChannelOptions
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from ming_trt.errors import InputError, MingError, ServeError
 from ming_trt.serving.answer import Answer, server_error
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import Region, is_local, share
-from ming_trt.serving.wire import infer_request, json_tensor
+from ming_trt.serving.wire import infer_request, json_object, raw_tensors
 
 DEFAULT_URL = "localhost:8001"
 # The server ends a request whose client has not been heard of for this long.
@@ -35,7 +36,15 @@ Media = bytes | str | Path
 _CONTROL_TIMEOUT_S = 10.0
 # How long closing waits for streams that nobody reads any more.
 _CLOSE_TIMEOUT_S = 2.0
-_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A message then wakes the thread that reads it, and no other of Python's before.
+    (ChannelOptions.SingleThreadedUnaryStream, 1),
+]
+# A question is one message. So the call that may stream both ways is made as one that streams answers only: it is the
+# same to the server, and the question needs no thread that sends it.
+_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 class Client:
@@ -47,6 +56,11 @@ class Client:
         self.closed = False
         self._draining: list[threading.Thread] = []
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stream = self._channel.unary_stream(
+            _STREAM,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
 
     def close(self) -> None:
         """Ends the connection, and with it the answers that still stream."""
@@ -127,7 +141,7 @@ class Client:
             raise self._explain(error) from None
         except ValueError:
             raise ServeError(f"the connection to {self.url} was closed here: open another Client") from None
-        return json_tensor(response, "state") or {}
+        return json_object(raw_tensors(response).get("state", b""), "state")
 
     def ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the server answers and the ensemble is loaded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tritonclient.grpc import service_pb2
@@ -44,34 +44,26 @@ def pack_bytes(items: Sequence[bytes]) -> bytes:
     return b"".join(_LENGTH.pack(len(item)) + item for item in items)
 
 
-def bytes_tensor(response: Any, name: str) -> list[bytes] | None:
-    """The items of the BYTES output `name` of a `ModelInferResponse`, or None if it is not there."""
-    raw = raw_tensor(response, name)
-    return None if raw is None else list(_split(raw))
+def raw_tensors(response: Any) -> dict[str, bytes]:
+    """The outputs of a `ModelInferResponse` as they were sent: numbers in their order, items of BYTES packed."""
+    names = [output.name for output in response.outputs]
+    return dict(zip(names, response.raw_output_contents, strict=True))
 
 
-def raw_tensor(response: Any, name: str) -> bytes | None:
-    """The bytes of the output `name` of numbers, in their order, or None if it is not there."""
-    for index, output in enumerate(response.outputs):
-        if output.name == name:
-            return bytes(response.raw_output_contents[index])
-    return None
+def first_item(raw: bytes) -> bytes:
+    """The first item of a packed BYTES tensor; empty if it has none."""
+    if not raw:
+        return b""
+    (size,) = _LENGTH.unpack_from(raw)
+    return raw[_LENGTH.size : _LENGTH.size + size]
 
 
-def json_tensor(response: Any, name: str) -> dict[str, Any] | None:
-    """The JSON object in the BYTES [1] output `name`, or None if it is not there."""
-    items = bytes_tensor(response, name)
-    if not items:
-        return None
-    value = json.loads(items[0])
+def json_object(raw: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in the BYTES [1] output `name`. Raises `ServeError` for anything else."""
+    try:
+        value = json.loads(first_item(raw).decode())
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise ServeError(f"the server's '{name}' is not a JSON object: is this a server of ming-trt?")
     return value
-
-
-def _split(raw: bytes) -> Iterator[bytes]:
-    place = 0
-    while place < len(raw):
-        (size,) = _LENGTH.unpack_from(raw, place)
-        yield raw[place + 4 : place + 4 + size]
-        place += 4 + size
