@@ -105,7 +105,6 @@ class Processor:
         check_media(request, len(images), len(videos), len(audios))
         spans = request_spans(request, end_assistant_turns=self.end_assistant_turns)
         parts = [part for message in request.messages for part in message.content]
-        rng = np.random.default_rng(request.sampling.seed)
         vision: dict[tuple[MediaKind, int], VisionInput] = {}
         pictures = (part for part in parts if isinstance(part, ImagePart))
         for i, (picture, data) in enumerate(zip(pictures, images, strict=True)):
@@ -117,7 +116,9 @@ class Processor:
                 shape=self.patch_shape,
             )
             self._check_length(sum(map(self._rows, vision.values())), "at least ")
-        films = (part for part in parts if isinstance(part, VideoPart))
+        films = [part for part in parts if isinstance(part, VideoPart)]
+        # Made only where it is used: that takes as long as the checks of a request without media.
+        rng = np.random.default_rng(request.sampling.seed) if films else None
         for i, (film, source) in enumerate(zip(films, videos, strict=True)):
             vision["video", i] = process_video(source, film, rng=rng, shape=self.patch_shape)
             self._check_length(sum(map(self._rows, vision.values())), "at least ")

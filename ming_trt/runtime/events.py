@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Literal
 
 from ming_trt.errors import MingError
@@ -125,10 +125,9 @@ class Handle:
         """The next event, with the tokens that wait behind it if it is of tokens. What was read too far stays here."""
         event, self._ahead = self._ahead or self._events.get(), None
         while isinstance(event, TokenEvent) and event.text_length is None:
-            try:
-                self._ahead = self._events.get_nowait()
-            except Empty:
+            if self._events.empty():  # nobody else takes events out
                 return event
+            self._ahead = self._events.get()
             if not isinstance(self._ahead, TokenEvent) or self._ahead.text_length is not None:
                 return event
             event, self._ahead = replace(event, token_ids=event.token_ids + self._ahead.token_ids), None

@@ -49,8 +49,7 @@ def test_sweeping_keeps_what_may_still_be_read(board: CancelBoard) -> None:
     board.cancel("old")
     board.renew("ended", -100)
     board.renew("alive", 1000)
-    (board.folder / "before-restart.lease").touch()
-    board._stamp(board.folder / "before-restart.lease", time.monotonic() + 40 * 86400)
+    board.renew("before restart", 40 * 86400)
     assert board.sweep(keep_seconds=3600) == 1
     time.sleep(0.02)
     assert board.sweep(keep_seconds=0.01) == 2

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ming_trt.runtime.stages import open_audio_encoder
-from ming_trt.serving.stages.base import Array, Stage, read
+from ming_trt.serving.stages.base import Array, Inputs, Stage, read
 
 
 class AudioEncoderStage(Stage):
@@ -18,5 +16,5 @@ class AudioEncoderStage(Stage):
         """Called by the server before it unloads the model."""
         self.encoder.close()
 
-    def answer(self, request: Any) -> dict[str, Array]:
+    def answer(self, request: Inputs) -> dict[str, Array]:
         return {"audio_rows": self.encoder(read(request, "mel"), read(request, "mel_lengths"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -19,7 +20,11 @@ from ming_trt.bundle import Bundle
 from ming_trt.errors import BundleError, CancelledError, InputError, MingError, UnavailableError
 
 Array = npt.NDArray[Any]
+Inputs = Mapping[str, Any]
+"""The tensors of a request, of the backend's class, by name."""
 BOARD_VARIABLE = "MING_TRT_BOARD"
+# `json.dumps` makes an encoder for each call that does not want its defaults.
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +46,9 @@ class Stage:
                 os.path.normpath(self.repository.resolve() / parameters["bundle"]["string_value"])
             )
             self.load()
+            # What was loaded stays: no later search for garbage needs to look at it.
+            gc.collect()
+            gc.freeze()
         except MingError as error:
             raise pb.TritonModelException(str(error)) from error
 
@@ -51,13 +59,13 @@ class Stage:
         """Called by the server: one response per request; a failed request does not hurt the others."""
         return [self._respond(request) for request in requests]
 
-    def answer(self, request: Any) -> dict[str, Array]:
-        """The outputs for one request. Raises `MingError`."""
+    def answer(self, request: Inputs) -> dict[str, Array]:
+        """The outputs for one request, of which it gets the `inputs`. Raises `MingError`."""
         raise NotImplementedError
 
     def _respond(self, request: Any) -> Any:
         try:
-            return pb.InferenceResponse(tensors(self.answer(request)))
+            return pb.InferenceResponse(tensors(self.answer(inputs(request))))
         except MingError as error:
             return pb.InferenceResponse(error=triton_error(error))
         except Exception as error:
@@ -65,21 +73,26 @@ class Stage:
             return pb.InferenceResponse(error=internal_error(self.name, error))
 
 
-def read(request: Any, name: str) -> Array:
+def inputs(request: Any) -> Inputs:
+    """The tensors of a request, by name. The backend's own look-up walks through all of them for each."""
+    return {tensor.name(): tensor for tensor in request.inputs()}
+
+
+def read(request: Inputs, name: str) -> Array:
     """The input `name` as an array."""
-    array: Array = pb.get_input_tensor_by_name(request, name).as_numpy()
+    array: Array = request[name].as_numpy()
     return array
 
 
-def read_bytes(request: Any, name: str) -> list[bytes]:
+def read_bytes(request: Inputs, name: str) -> list[bytes]:
     """The items of a BYTES input; none if it is optional and absent."""
-    tensor = pb.get_input_tensor_by_name(request, name)
+    tensor = request.get(name)
     return [] if tensor is None else [bytes(item) for item in tensor.as_numpy().reshape(-1)]
 
 
-def read_json(request: Any, name: str) -> dict[str, Any]:
+def read_json(request: Inputs, name: str) -> dict[str, Any]:
     """The JSON object in a BYTES [1] input that another stage made."""
-    value: dict[str, Any] = json.loads(read_bytes(request, name)[0])
+    value: dict[str, Any] = json.loads(read_bytes(request, name)[0].decode())
     return value
 
 
@@ -95,7 +108,7 @@ def text_array(text: str | bytes) -> Array:
 
 def json_array(value: Mapping[str, Any]) -> Array:
     """A BYTES [1] tensor that holds JSON."""
-    return text_array(json.dumps(value, ensure_ascii=False))
+    return text_array(_to_json(value))
 
 
 def triton_error(error: MingError) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ming_trt.errors import InputError
 from ming_trt.processing.request import MAX_ID_CHARACTERS, MAX_LEASE_SECONDS
 from ming_trt.runtime.cancel import CancelBoard
-from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read_bytes
+from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, json_array, read_bytes
 from ming_trt.serving.stages.presence import Presence
 
 OPERATIONS = ("cancel", "renew", "heard")
@@ -27,7 +27,7 @@ class CancelStage(Stage):
         self._presence = Presence(folder)
         self._calls = 0
 
-    def answer(self, request: Any) -> dict[str, Array]:
+    def answer(self, request: Inputs) -> dict[str, Array]:
         operation, request_id, seconds = _parse(read_bytes(request, "request")[0])
         state: dict[str, Any] = {"op": operation, "id": request_id}
         if operation == "cancel":

@@ -18,7 +18,17 @@ from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.events import ErrorEvent
 from ming_trt.runtime.image import ImageRequest
 from ming_trt.runtime.image_worker import ImageHandle, PictureEvent, PreviewEvent, StepEvent, open_image
-from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json, text_array
+from ming_trt.serving.stages.base import (
+    Array,
+    Inputs,
+    Stage,
+    board_folder,
+    inputs,
+    json_array,
+    read,
+    read_json,
+    text_array,
+)
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import CallStream
 
@@ -48,7 +58,7 @@ class ImageStage(Stage):
         for request in requests:
             stream = CallStream(request.get_response_sender())
             try:
-                drawing = image_request(request)
+                drawing = image_request(inputs(request))
                 name = drawing.request_id
                 handle = self.generator.submit(drawing, lambda name=name: self.board.is_cancelled(name))  # type: ignore[misc]
                 threading.Thread(target=self._answer, args=(stream, handle), name=f"image-{name}", daemon=True).start()
@@ -71,7 +81,7 @@ class ImageStage(Stage):
             stream.end()
 
 
-def image_request(request: Any) -> ImageRequest:
+def image_request(request: Inputs) -> ImageRequest:
     """What is to be drawn, from the tensors of `postprocess`."""
     body, pixels = read_json(request, "request"), read(request, "image_reference")
     reference = None

@@ -17,7 +17,7 @@ from ming_trt.runtime.query_rows import insert_query_rows, open_query_rows, read
 from ming_trt.runtime.sequence import GenerationRequest
 from ming_trt.runtime.stages import open_llm
 from ming_trt.serving.graph import DRAWING, empty_tensors
-from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_bytes
+from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_bytes
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import Stream, empty
 
@@ -51,9 +51,10 @@ class LLMStage(Stage):
         for request in requests:
             stream, task, events = Stream(request.get_response_sender()), None, None
             try:
-                task = Task.of(request)
+                given = inputs(request)
+                task = Task.of(given)
                 # First of all: what follows is done while the engine reads the prompt.
-                events = self._begin(task, request)
+                events = self._begin(task, given)
                 self.presence.enter(task.id, self.name)
                 name = f"stream-{task.id}"
                 threading.Thread(target=self._answer, args=(stream, task, events), name=name, daemon=True).start()
@@ -64,7 +65,7 @@ class LLMStage(Stage):
                 if task is not None:
                     self._leave(task, failed=True)
 
-    def _begin(self, task: Task, request: Any) -> Handle | Iterable[Event]:
+    def _begin(self, task: Task, request: Inputs) -> Handle | Iterable[Event]:
         """Queues the request and gives its events."""
         if task.reads_aloud:
             return [FinishEvent("stop", Usage(0, 0), Timings(0.0, 0.0, 0.0, 0.0))]
@@ -109,7 +110,7 @@ class Task:
     begun: bool = False
 
     @classmethod
-    def of(cls, request: Any) -> Task:
+    def of(cls, request: Inputs) -> Task:
         """From the tensors of `preprocess`."""
         options = parse_request(read_bytes(request, "options")[0])
         reference = read(request, "reference").copy() if options.draw else None
@@ -166,7 +167,7 @@ class Task:
         }
 
 
-def generation_request(request: Any, task: Task, query_rows: Array | None) -> GenerationRequest:
+def generation_request(request: Inputs, task: Task, query_rows: Array | None) -> GenerationRequest:
     """The LLM's request from the tensors of the stages before it. Vision rows come before audio rows."""
     vision, audio = read(request, "vision_rows"), read(request, "audio_rows")
     features = np.concatenate([vision, audio])

@@ -9,7 +9,7 @@ from typing import Any
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.stages import open_tokenizer
 from ming_trt.serving.graph import DRAWING, SPEAKING
-from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json
+from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_json
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.speaking import Reply, Speaker
 from ming_trt.serving.stages.stream import Stream, call, output
@@ -41,23 +41,23 @@ class PostprocessStage(Stage):
         for request in requests:
             stream = Stream(request.get_response_sender())
             try:
-                self._stream(request, stream)
+                self._stream(inputs(request), stream)
             except Exception as error:  # noqa: BLE001 - the client must hear of it
                 stream.fail(self.name, error)
         return None
 
-    def answer(self, request: Any) -> dict[str, Array]:
+    def answer(self, request: Inputs) -> dict[str, Array]:
         text, state = self._decode(request)
         return output(text, state)
 
-    def _decode(self, request: Any) -> tuple[str, dict[str, Any]]:
+    def _decode(self, request: Inputs) -> tuple[str, dict[str, Any]]:
         """The text that the tokens add, and the state for the client, with what is private."""
         state = read_json(request, "llm_state")
         tokens, context = read(request, "token_ids").tolist(), read(request, "context_ids").tolist()
         text = self.tokenizer.decode_delta(context, tokens, final=state["finish_reason"] is not None)
         return text[: state["cut"]], {**state, "token_ids": tokens}
 
-    def _stream(self, request: Any, stream: Stream) -> None:
+    def _stream(self, request: Inputs, stream: Stream) -> None:
         text, state = self._decode(request)
         if state.get("draw") is not None:
             arrays = {name: read(request, name).copy() for name in ("image_hidden", "image_reference")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from ming_trt.processing.voice import decode_clip
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.stages import open_processor
 from ming_trt.serving.graph import DRAWING, SPEAKING
-from ming_trt.serving.stages.base import Array, Stage, board_folder, read_bytes, text_array
+from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, read_bytes, text_array
 
 
 class PreprocessStage(Stage):
@@ -27,7 +26,7 @@ class PreprocessStage(Stage):
         self.processor = open_processor(self.bundle)
         self.board = CancelBoard(board_folder(self.repository))
 
-    def answer(self, request: Any) -> dict[str, Array]:
+    def answer(self, request: Inputs) -> dict[str, Array]:
         parsed = parse_request(read_bytes(request, "request")[0])
         if parsed.lease:
             self.board.renew(parsed.id, parsed.lease)
@@ -37,7 +36,7 @@ class PreprocessStage(Stage):
             self.board.forget(parsed.id)
             raise
 
-    def _arrays(self, parsed: Request, request: Any) -> dict[str, Array]:
+    def _arrays(self, parsed: Request, request: Inputs) -> dict[str, Array]:
         self._refuse_absent(parsed)
         files = [read_bytes(request, name) for name in ("images", "videos", "audios")]
         added: dict[str, Array] = {}

@@ -7,10 +7,10 @@ what it works on, and the `cancel` model looks, whenever a client renews its lea
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
 
+from ming_trt.runtime.cancel import file_stem
 from ming_trt.serving.supervise import alive
 
 
@@ -46,4 +46,4 @@ class Presence:
         return ""
 
     def _path(self, request_id: str, model: str) -> Path:
-        return self._folder / f"{hashlib.sha256(request_id.encode()).hexdigest()[:32]}.{model}"
+        return self._folder / f"{file_stem(request_id)}.{model}"

@@ -15,7 +15,7 @@ from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.heard import Allowance
 from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
 from ming_trt.runtime.voices import Voices
-from ming_trt.serving.stages.base import Array, Stage, board_folder, json_array, read, read_json
+from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_json
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import CallStream
 
@@ -115,11 +115,11 @@ class SpeechStage(Stage):
         for request in requests:
             stream = CallStream(request.get_response_sender())
             try:
-                self._take(request, stream)
+                self._take(inputs(request), stream)
             except Exception as error:  # noqa: BLE001 - the client must hear of it
                 stream.fail(self.name, error)
 
-    def _take(self, request: Any, stream: CallStream) -> None:
+    def _take(self, request: Inputs, stream: CallStream) -> None:
         body = read_json(request, "request")
         name = str(body["id"])
         call = Call(stream, int(body["number"]), [Piece(**piece) for piece in body["pieces"]], bool(body["last"]))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ming_trt.runtime.stages import open_vision_encoder
-from ming_trt.serving.stages.base import Array, Stage, read
+from ming_trt.serving.stages.base import Array, Inputs, Stage, read
 
 
 class VisionEncoderStage(Stage):
@@ -18,5 +16,5 @@ class VisionEncoderStage(Stage):
         """Called by the server before it unloads the model."""
         self.encoder.close()
 
-    def answer(self, request: Any) -> dict[str, Array]:
+    def answer(self, request: Inputs) -> dict[str, Array]:
         return {"vision_rows": self.encoder(read(request, "pixel_values"), read(request, "image_grid"))}
