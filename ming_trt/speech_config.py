@@ -140,6 +140,9 @@ def load_talker_config(folder: Path) -> TalkerConfig:
     root.refuse("vp_kernel_size", 1)
     root.refuse("vp_stride", 1)
     hidden, heads = body.count("hidden_size"), body.count("num_attention_heads")
+    kv_heads = body.count("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} attention heads in '{file}' cannot share {kv_heads} key/value heads evenly")
     text = root.count("text_vocab_size", 151677)
     vocabulary = root.count("vocab_size", text + root.count("audio_vocab_size", 32768))
     if vocabulary <= text:
@@ -152,7 +155,7 @@ def load_talker_config(folder: Path) -> TalkerConfig:
         hidden=hidden,
         layers=body.count("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
-        kv_heads=body.count("num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_dim=body.count("head_dim", hidden // heads),
         intermediate=body.count("intermediate_size"),
         eps=body.real("rms_norm_eps", 1e-6),

@@ -1,5 +1,6 @@
 """The speech configuration comes from shapes; what the YAML states must agree with them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -104,3 +105,10 @@ def test_spellings_of_the_vocoder(copy: Path, spelling: str) -> None:
         "m_source.l_linear.bias",
     ):
         assert torch.allclose(sources[name].load(here), expected[name].load(there), atol=1e-7), name
+
+
+def test_talker_heads_must_be_shared_evenly(copy: Path) -> None:
+    file = copy / "talker" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 3, "num_key_value_heads": 2}))
+    with pytest.raises(ConfigError, match=r"3 attention heads in '.*config\.json' cannot share 2"):
+        load_speech_config(copy)

@@ -17,7 +17,7 @@ from ming_trt.checkpoint import Checkpoint
 from ming_trt.image_config import TABLES, DiTConfig
 from ming_trt.models.by_name import by_name
 from ming_trt.models.condition import TwoLayerEmbedding
-from ming_trt.models.connector import RMSNorm
+from ming_trt.models.norm import RMSNorm
 from ming_trt.models.weights import WeightSource
 
 TIME_CHANNELS = 256

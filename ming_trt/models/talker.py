@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ming_trt.models import ops
+from ming_trt.models import qwen2
 from ming_trt.models import weights as w
-from ming_trt.models.llm import RMSNorm, SwiGLU
-from ming_trt.models.rope import inverse_frequencies, rotate
+from ming_trt.models.norm import RMSNorm
 from ming_trt.speech_config import TalkerConfig
 
 STEP_INPUTS = (
@@ -39,47 +38,11 @@ def output_names(config: TalkerConfig) -> list[str]:
     return ["logits", *(f"present_{part}_{i}" for i in range(config.layers) for part in ("key", "value"))]
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: TalkerConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden, self.heads * self.head_dim)
-        self.k_proj = nn.Linear(config.hidden, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(config.hidden, self.kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
-
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *table)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2), *table)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        key, value = ops.kv_update(key, k, write_index), ops.kv_update(value, v, write_index)
-        out = functional.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), key, value
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: TalkerConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden, config.eps)
-        self.self_attn = _Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
-        self.mlp = SwiGLU(config.hidden, config.intermediate)
-
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attended, key, value = self.self_attn(self.input_layernorm(x), table, write_index, mask, key, value)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value
-
-
 class _Body(nn.Module):
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(qwen2.Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
 
 
@@ -129,12 +92,11 @@ class Talker(nn.Module):
     ) -> tuple[Tensor, ...]:
         """One step over B slots of S tokens; shapes and order as `input_names`, `output_names` and the contract say."""
         x = self.embed(audio_ids, text_ids, speaker, speaker_index, thinker, thinker_index)
-        inverse = inverse_frequencies(self.config.head_dim, self.config.theta, x.device)
-        angle = position_ids[:, None, :, None].float() * inverse
-        table = angle.cos(), angle.sin()
+        table = qwen2.rope_table(position_ids.unsqueeze(1), self.config.head_dim, self.config.theta)
         present: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
-            x, key, value = layer(x, table, write_index, attention_mask, past[2 * i], past[2 * i + 1])
+            cache = qwen2.Cache(past[2 * i], past[2 * i + 1], write_index, attention_mask)
+            x, key, value = layer(x, table, cache)
             present += [key, value]
         hidden = self.model.norm(x)
         wanted = hidden.gather(1, logit_index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
