@@ -50,28 +50,31 @@ class ServedModel:
         }
         return cls(load_config(folder / ASSETS), precisions, facts)
 
-    def encoder_cost(self, kind: str, medium: Medium) -> tuple[str, Cost] | None:
+    def encoder_cost(self, kind: str, medium: Medium, draws: bool = False) -> tuple[str, Cost] | None:
         """The encoder that reads a file of that kind and what it must do, or None if the file is not understood here
-        (a client need not have the server's libraries)."""
+        (a client need not have the server's libraries). `draws`: the answer is a picture, for which pictures are read
+        at another size."""
         try:
             if kind == "audio":
                 from ming_trt.processing.audio import process_audio
 
                 frames = len(process_audio(medium.content, num_mels=self.config.audio.num_mels).mel)
                 return ENCODERS[1], audio(self.config.audio, self.config.llm.hidden_size, frames)
-            return ENCODERS[0], vision(self.config.vision, self.config.llm.hidden_size, self._grid(kind, medium))
+            return ENCODERS[0], vision(self.config.vision, self.config.llm.hidden_size, self._grid(kind, medium, draws))
         except (MingError, ImportError):
             return None
 
-    def _grid(self, kind: str, medium: Medium) -> tuple[int, int, int]:
-        from ming_trt.processing.image import process_image
+    def _grid(self, kind: str, medium: Medium, draws: bool) -> tuple[int, int, int]:
+        from ming_trt.processing.image import GENERATION_PASS, SECOND_PASS, process_image
         from ming_trt.processing.patches import PatchShape
         from ming_trt.processing.video import process_video
 
         config = self.config.vision
         shape = PatchShape(config.patch_size, config.temporal_patch, config.merge_size)
-        read = process_video if kind == "video" else process_image
-        return read(medium.content, shape=shape).grid
+        if kind == "video":
+            return process_video(medium.content, shape=shape).grid
+        limits = GENERATION_PASS if draws else SECOND_PASS
+        return process_image(medium.content, pixel_limits=limits, shape=shape).grid
 
 
 def shares(

@@ -41,14 +41,15 @@ def run_load(load: Load, requests: int, send: Send, seed: int, seconds: float = 
     from the first to the last end. At least one per place of a closed loop is sent."""
     if load.kind == "concurrency":
         return _closed(int(load.value), requests, send, seconds)
-    times = arrival_times(load.value, requests, seed)
-    return _open([due for due in times if due <= seconds], send)
+    # only as many as arrive in that time, so that the rate holds within it
+    return _open(arrival_times(load.value, max(1, int(min(requests, load.value * seconds))), seed), send)
 
 
 def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
-    """A Poisson process: independent users. Equal seeds give equal times; the first request comes at once."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, requests)
-    return [float(at) for at in np.cumsum(gaps) - gaps[0]]
+    """A Poisson process of `requests` arrivals in `requests` / `rate` seconds: independent users, and yet the rate that
+    was asked for, however few they are. Equal seeds give equal times; the first request comes at once."""
+    later = np.sort(np.random.default_rng(seed).uniform(0, requests / rate, requests - 1))
+    return [0.0, *(float(at) for at in later)]
 
 
 def _closed(concurrency: int, requests: int, send: Send, seconds: float) -> tuple[list[Sample], float]:

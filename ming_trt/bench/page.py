@@ -16,7 +16,8 @@ from ming_trt.bench.samples import Sample
 Report = Mapping[str, Any]
 _LATENCY_NOTE = (
     "<p>Means, medians and tails with their 95 % bootstrap intervals, which draw whole requests. <span class=few>"
-    "Slanted: fewer requests than that percentile needs.</span> Failed requests are counted and in no figure.</p>"
+    "Slanted: fewer requests than that percentile needs.</span> Failed requests are counted and in no "
+    "figure; n: requests that are.</p>"
 )
 _HOPS_NOTE = (
     "<p>Mean milliseconds per request. <b>Statistics</b>: what Triton counted (queue, input, compute, output of each "
@@ -35,9 +36,10 @@ def page(report: Report) -> str:
     where = f"{environment['processor']}, {environment['cores']} cores" if report["ceiling"] else "another machine"
     parts = [
         f"<header><h1>Latency of {escape(report['server']['url'])}</h1><p>{escape(report['created'])} · ming-trt "
-        f"{escape(report['version'])} · {escape(where)} · {_objective(report)}</p></header>",
+        f"{escape(report['version'])} · {escape(where)} · {_objective(report)}</p>{_stopped(report)}</header>",
         f'<div class="cards">{"".join(_card(name, own) for name, own in scenarios.items())}</div>',
-        section("Throughput", _throughput_table(points), f'<div class="plots">{_sweep(points)}</div>'),
+        section("Throughput", _throughput_table(points), f'<div class="plots">{_sweeps(points)}</div>'),
+        *_errors(points),
         *(section(_heading(own), f'<div class="plots">{"".join(_plots(own))}</div>') for own in scenarios.values()),
         section("Latency", _latency_table(points), _LATENCY_NOTE),
         section("Where the time goes", _hops_table(points), _HOPS_NOTE, f"<p>Traces: {escape(report['traces'])}.</p>"),
@@ -95,10 +97,11 @@ def _latency_table(points: Sequence[Report]) -> str:
     rows = []
     for point in points:
         for metric in point["metrics"].values():
-            cells: list[str | Cell] = [point["scenario"], str(_load(point)), metric["title"], metric["unit"]]
+            name = f'<span class="nowrap">{escape(metric["title"])}, {escape(metric["unit"])}</span>'
+            cells: list[str | Cell] = [point["scenario"], str(_load(point)), (name, None)]
             cells += [_estimate(metric[name]) for name in ("mean", "p50", "p90", "p95", "p99")]
             rows.append([*cells, (number(metric["max"]), metric["max"]), (str(metric["requests"]), metric["requests"])])
-    return table(("scenario", "load", "metric", "unit", "mean", "p50", "p90", "p95", "p99", "max", "requests"), rows, 4)
+    return table(("scenario", "load", "metric", "mean", "p50", "p90", "p95", "p99", "max", "n"), rows, 3)
 
 
 _RATES = ("requests_per_s", "tokens_per_s", "images_per_minute", "goodput_per_s")
@@ -125,13 +128,28 @@ def _throughput_table(points: Sequence[Report]) -> str:
             [
                 point["scenario"],
                 str(_load(point)),
-                *((number(counted[key]), counted[key]) for key in _RATES),
+                *(_some(counted[key]) for key in _RATES),
                 (f"{100 * counted['goodput_share']:.0f} %", counted["goodput_share"]),
                 (f'<span class="{mark}" title="{reasons}">{failed} of {counted["requests"]}</span>', failed),
-                *((number(point[key]), point[key]) for key in ("prompt_tokens", "completion_tokens")),
+                *(_some(point[key]) for key in ("prompt_tokens", "completion_tokens")),
             ]
         )
     return table(("scenario", "load", *_RATES_HEAD), rows, 2)
+
+
+def _some(value: float) -> Cell:
+    """A scenario without pictures has no rate of pictures, which is not a rate of 0."""
+    return (number(value) if value else "–", value)
+
+
+def _errors(points: Sequence[Report]) -> list[str]:
+    """The sentences of failed requests, in the words of the server."""
+    rows: list[list[str | Cell]] = [
+        [point["scenario"], str(_load(point)), (escape(sentence), None), (str(count), count)]
+        for point in points
+        for sentence, count in point["totals"]["errors"].items()
+    ]
+    return [section("Errors", table(("scenario", "load", "what was said", "requests"), rows, 3))] if rows else []
 
 
 def _hops_table(points: Sequence[Report]) -> str:
@@ -146,7 +164,8 @@ def _hops_table(points: Sequence[Report]) -> str:
         start: list[str | Cell] = [point["scenario"], str(_load(point))]
         for key in svg.along_the_path({**counted, **traced}):
             share = counted.get(key, 0.0) / hops["total_ms"] if hops["total_ms"] else 0.0
-            rows.append([*start, *key, _ms(counted.get(key)), (f"{100 * share:.1f} %", share), _ms(traced.get(key))])
+            part = (f"{100 * share:.1f} %", share) if key in counted else ("", -1.0)
+            rows.append([*start, *key, _ms(counted.get(key)), part, _ms(traced.get(key))])
         verdict = '<span class="good">adds up</span>' if hops["closes"] else '<span class="bad">does not add up</span>'
         note = "; ".join(filter(None, (hops["note"], traces.get("note", ""))))
         ratio = hops["sum_ms"] / hops["total_ms"]
@@ -190,25 +209,34 @@ def _plots(points: Sequence[Report]) -> list[str]:
     return made
 
 
-def _sweep(points: Sequence[Report]) -> str:
-    lines = {
-        scenario: [
-            (point["totals"]["requests_per_s"], point["metrics"]["e2e"]["p50"]["value"])
-            for point in own
-            if point["load"]["kind"] == "concurrency" and "e2e" in point["metrics"]
-        ]
-        for scenario, own in _by_scenario(points).items()
-    }
-    lines = {scenario: line for scenario, line in lines.items() if len(line) > 1}
-    title = "Throughput against latency, by concurrency"
-    return svg.line_plot(title, "requests/s", "end to end p50, ms", lines) if lines else ""
+def _sweeps(points: Sequence[Report]) -> str:
+    """Latency against throughput by concurrency, and against the rate at which requests arrived."""
+    made = []
+    for kind, title, x_label in (
+        ("concurrency", "Throughput against latency, by concurrency", "requests/s"),
+        ("rate", "Latency at request rates", "requests/s that arrive"),
+    ):
+        lines = {
+            scenario: [
+                (
+                    point["load"]["value"] if kind == "rate" else point["totals"]["requests_per_s"],
+                    point["metrics"]["e2e"]["p50"]["value"],
+                )
+                for point in own
+                if point["load"]["kind"] == kind and "e2e" in point["metrics"]
+            ]
+            for scenario, own in _by_scenario(points).items()
+        }
+        lines = {scenario: line for scenario, line in lines.items() if len(line) > 1}
+        if lines:
+            made.append(svg.line_plot(title, x_label, "end to end p50, ms", lines))
+    return "".join(made)
 
 
 def _by_hop(point: Report) -> dict[str, float]:
     hops: dict[str, float] = {}
     for row in point["hops"]["rows"]:
-        # the language model's three phases are what one wants to tell apart
-        name = f"llm {row['part']}" if row["hop"] == "llm" else row["hop"]
+        name = f"{row['hop']} {row['part']}" if row["hop"] in svg.SPLIT else row["hop"]
         hops[name] = hops.get(name, 0.0) + row["ms"]
     least = 0.01 * point["hops"]["total_ms"]
     small = sum(ms for ms in hops.values() if ms < least)
@@ -249,10 +277,18 @@ def _ceiling(report: Report) -> list[str]:
     return [section("Ceiling", note, table(head, rows, 4))]
 
 
+def _stopped(report: Report) -> str:
+    if not report["stopped"]:
+        return ""
+    return f'<p class="stopped">The measurement ended early: {escape(report["stopped"])}.</p>'
+
+
 def _objective(report: Report) -> str:
     slo = report["options"]["slo"]
     text = f"objective: first token within {slo['first_token_s']:g} s, then {slo['per_token_s']:g} s per token"
-    return text + (f", {slo['total_s']:g} s in all" if slo["total_s"] else "")
+    text += f", first sound within {slo['first_audio_s']:g} s" if slo["first_audio_s"] else ""
+    pictures = any("image" in point["metrics"] for point in report["points"])
+    return text + (f", {slo['total_s']:g} s in all" if slo["total_s"] else ", pictures at any time" if pictures else "")
 
 
 def _load(point: Report) -> Load:

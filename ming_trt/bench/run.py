@@ -214,8 +214,8 @@ class _Scenario:
 
     def _encoder(self, model: ServedModel, counts: Mapping[str, ModelCount]) -> tuple[tuple[str, Cost] | None, float]:
         """What the scenario's encoder must do for a file, and the milliseconds that it took."""
-        kind = self._scenario.kind
-        encoder = model.encoder_cost(kind, self._media[kind]) if kind else None
+        kind, draws = self._scenario.kind, self._scenario.gives == "image"
+        encoder = model.encoder_cost(kind, self._media[kind], draws) if kind else None
         count = counts.get(encoder[0], ModelCount()) if encoder else ModelCount()
         return encoder, 1000 * count.parts["compute_infer"] / count.succeeded if count.succeeded else 0.0
 

@@ -12,6 +12,7 @@ from ming_trt.serving.answer import Answer
 
 Clock = Callable[[], float]
 _SAMPLE_BYTES = 2  # 16-bit mono
+_LEAST_S = 1e-4  # a part of a picture that takes less was not done: without a picture to edit nothing is encoded
 
 
 @dataclass(slots=True)
@@ -22,7 +23,8 @@ class Sample:
     from when it was due, so that a slow server cannot hide its queue in the client's. `arrivals`: (time, tokens) of
     each message that brought tokens; `sounds`: (time, seconds of audio) of each that brought sound; `picture`: when the
     finished picture came (0: none). `finished`: when the text was complete; `seconds`: when the stream ended.
-    `engine`: queue, prefill and decode by the language model's own clock. `error`: the sentence of a failed request,
+    `engine`: queue, prefill and decode by the language model's own clock; `drawing`: the parts of a picture by that of
+    the model that drew it (condition, encode, denoise, decode). `error`: the sentence of a failed request,
     which then counts as an error and in nothing else. `id` names the request on the server; `clock` is the client's
     clock (`time.perf_counter`) when it was due, for traces by the same clock.
     """
@@ -41,6 +43,7 @@ class Sample:
     error: str = ""
     id: str = ""
     clock: float = 0.0
+    drawing: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -97,6 +100,8 @@ def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock =
         sample.completion_tokens = int(answer.usage.get("completion_tokens", 0))
         sample.finish_reason = answer.finish_reason or ""
         sample.engine = {name: float(value) for name, value in answer.timings.items()}
+        parts = answer.picture.get("seconds", {})
+        sample.drawing = {name: float(value) for name, value in parts.items() if value >= _LEAST_S}
     except MingError as error:
         sample.seconds = clock() - zero
         sample.error = f"{type(error).__name__}: {error}"

@@ -10,7 +10,10 @@ from typing import Any
 
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 44
+_DIGIT = 8  # width of one at the size of `.tick`, with some room
 SERIES = 10
+# Hops whose parts are what one wants to tell apart: each has its colour.
+SPLIT = ("llm", "image")
 
 Point = tuple[float, float]
 
@@ -19,11 +22,14 @@ PATH = (
     "client", "client and network", "scheduling and python", "preprocess", "vision_encoder", "audio_encoder", "llm",
     "postprocess", "image", "speech",
 )  # fmt: skip
-_PARTS = ("started late", "queue", "input", "prefill", "decode", "compute", "output")
+_PARTS = (
+    "started late", "queue", "input", "prefill", "condition", "encode", "denoise", "decode", "compute", "output",
+)  # fmt: skip
 _COLOURS = {
-    "preprocess": 0, "vision_encoder": 1, "audio_encoder": 6, "llm queue": 8, "llm input": 8, "llm prefill": 3,
-    "llm decode": 4, "postprocess": 5, "image": 2, "speech": 2, "client": 7, "client and network": 7,
-    "scheduling and python": 9, "others": 7,
+    "preprocess": 0, "vision_encoder": 1, "audio_encoder": 6, "llm queue": 8, "llm input": 15, "llm prefill": 3,
+    "llm decode": 4, "postprocess": 5, "image": 2, "image denoise": 2, "image decode": 10, "image encode": 11,
+    "image condition": 12, "image by difference": 13, "speech": 2, "client": 7, "client and network": 7,
+    "scheduling and python": 9, "others": 14,
 }  # fmt: skip
 
 
@@ -204,10 +210,10 @@ def timeline(title: str, line: Mapping[str, Any], until: float) -> str:
         end = min(end, until)
         if end <= start:
             continue
-        name = f"llm {part}" if model == "llm" else model
+        name = f"{model} {part}" if model in SPLIT else model
         colour = used.setdefault(name, _COLOURS.get(name, 7))
         y = _TOP + row * (0 if model == "client and network" else lanes.index(model))
-        faint = "" if part in ("compute", "prefill", "decode", "by difference") else " faint"
+        faint = " faint" if part in ("queue", "input", "output", "waits") else ""
         told = f"{model}, {part}: {_short(end - start)} ms from {_short(start)} ms on"
         width = max(0.6, (end - start) * scale)
         body.append(_bar(colour, label_width + start * scale, y + 4, width, row - 8, told, faint))
@@ -232,7 +238,7 @@ def _verticals(x: Axis, left: float, scale: float, height: int) -> list[str]:
     for tick in x.ticks:
         at = left + tick * scale
         body.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        body.append(_text("tick", at, bottom + 16, "middle", _short(tick)))
+        body.append(_x_tick(at, bottom, tick))
     return body
 
 
@@ -259,11 +265,18 @@ def _axes(x: Axis, y: Axis) -> str:
     for tick in x.ticks:
         at = _across(x, tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(_text("tick", at, bottom + 16, "middle", _short(tick)))
+        parts.append(_x_tick(at, bottom, tick))
     middle = (_TOP + bottom) / 2
     parts.append(_text("label", (WIDTH + _LEFT) / 2, HEIGHT - 6, "middle", x.label))
     parts.append(_text("label", 12, middle, "middle", y.label, f' transform="rotate(-90 12 {middle:.1f})"'))
     return "".join(parts)
+
+
+def _x_tick(at: float, bottom: float, value: float) -> str:
+    """A number below an axis; a long one at the right edge ends there."""
+    text = _short(value)
+    wide = _DIGIT * len(text) / 2 > WIDTH - at
+    return _text("tick", WIDTH if wide else at, bottom + 16, "end" if wide else "middle", text)
 
 
 def _told(text: str) -> str:

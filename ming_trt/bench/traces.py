@@ -170,8 +170,9 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     """The time of one request, cut at what the server noted on the path that its last answer took.
 
     Of the encoders the one that handed over last is on that path. What the language model did before its first answer
-    is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text. Raises
-    `ServeError` for a trace that is not of this graph, or whose clock is not the client's.
+    is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text; how long each
+    part of a drawing took is known by its own clock, and where it waited in between is not: that is its last piece.
+    Raises `ServeError` for a trace that is not of this graph, or whose clock is not the client's.
     """
     end = sample.clock + sample.seconds
     if not sample.clock <= trace.whole.start <= end:
@@ -179,7 +180,7 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     for model in ("preprocess", "llm", "postprocess"):
         if not trace.of(model):
             raise ServeError(f"a trace has no '{model}': is this a server of ming-trt?")
-    cut = _Cut(sample.clock)
+    cut = _Cut(sample.clock, end)
     cut.to(sample.clock + sample.late, "client", "started late")
     cut.to(trace.whole.start, CLIENT, "")
     encoders = [span for name in ENCODERS for span in trace.of(name)]
@@ -198,19 +199,25 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     _stage(cut, answers[-1])
     sent = trace.whole.times.get("GRPC_SEND_START", (cut.at,))[-1]
     called = _called(sample)
+    for part, seconds in sample.drawing.items():
+        cut.to(min(cut.at + seconds, sent), "image", part)
     cut.to(sent, called or "postprocess", "by difference" if called else "output")
     cut.to(end, CLIENT, "")
     return [Piece(p.hop, p.part, p.start - sample.clock, p.end - sample.clock) for p in cut.pieces]
 
 
 class _Cut:
-    """Cuts time from `at` on; a moment that is past already cuts nothing off."""
+    """Cuts time from `at` to `end`; a moment that is past already cuts nothing off.
 
-    def __init__(self, at: float) -> None:
-        self.at = at
+    The server may note that it sent the end after the client has read it: nothing of a request is later than its end.
+    """
+
+    def __init__(self, at: float, end: float) -> None:
+        self.at, self.end = at, end
         self.pieces: list[Piece] = []
 
     def to(self, moment: float, hop: str, part: str) -> None:
+        moment = min(moment, self.end)
         if moment > self.at:
             self.pieces.append(Piece(hop, part, self.at, moment))
             self.at = moment
@@ -276,6 +283,10 @@ def timeline(trace: Trace, sample: Sample) -> dict[str, Any]:
     sent = trace.whole.times.get("GRPC_SEND_START", (trace.whole.start,))[-1]
     if called := _called(sample):
         began = answers[-1].at("COMPUTE_OUTPUT_START")
+        for part, seconds in sample.drawing.items():
+            until = min(began + seconds, sent)
+            spans.append({"model": called, "part": part, "start": ms(began), "end": ms(until)})
+            began = until
         spans.append({"model": called, "part": "by difference", "start": ms(began), "end": ms(sent)})
     return {
         "total_ms": round(1000 * sample.seconds, 4),

@@ -7,7 +7,9 @@ import json
 import threading
 import time
 import wave
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -20,11 +22,12 @@ from ming_trt.bench.load import Load, arrival_times, run_load
 from ming_trt.bench.machine import environment, measure_ceiling
 from ming_trt.bench.media import KINDS, find_media, made_media
 from ming_trt.bench.metrics import Slo, metrics, totals
-from ming_trt.bench.samples import Sample, playback
+from ming_trt.bench.samples import Sample, measure, playback
 from ming_trt.bench.scenarios import SCENARIOS, Scenario, choose
 from ming_trt.bench.server import ModelCount
 from ming_trt.errors import InputError
 from ming_trt.processing.request import parse_request
+from ming_trt.serving.answer import Answer, Delta
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -49,6 +52,9 @@ def test_playback_never_ends_before_the_media(pieces: list[tuple[float, float]])
 
 
 def test_arrivals() -> None:
+    few = arrival_times(20, 5, seed=1)
+    assert few[0] == 0 and 0 < few[-1] <= 5 / 20, "the rate that was asked for, also with few requests"
+    assert arrival_times(1, 1, seed=0) == [0]
     times = arrival_times(50, 2000, seed=3)
     assert times == arrival_times(50, 2000, seed=3) != arrival_times(50, 2000, seed=4)
     assert times[0] == 0 and times == sorted(times)
@@ -68,6 +74,33 @@ def test_open_loop_does_not_wait_for_answers() -> None:
 
     samples, _ = run_load(Load("rate", 500), 5, send, seed=0)
     assert [sample.due for sample in samples] == arrival_times(500, 5, 0)
+
+
+def test_a_limit_keeps_the_rate() -> None:
+    samples, _ = run_load(Load("rate", 200), 1000, lambda number, due, origin: Sample(due), seed=0, seconds=0.1)
+    assert [sample.due for sample in samples] == arrival_times(200, 20, 0)
+    samples, _ = run_load(Load("rate", 1), 5, lambda number, due, origin: Sample(due), seed=0, seconds=0.1)
+    assert len(samples) == 1
+
+
+class Drawn:
+    """An answer with a picture, as the client gathers it."""
+
+    id, usage, timings, finish_reason = "a", {"prompt_tokens": 7, "completion_tokens": 0}, {"prefill": 0.2}, "stop"
+    picture: ClassVar = {"seconds": {"condition": 0.01, "encode": 1e-6, "denoise": 0.3, "decode": 0.1}}
+
+    def __iter__(self) -> Iterator[Delta]:
+        yield Delta("", {"preview": 1}, b"1", b"")
+        yield Delta("", {"picture": {}, "finish_reason": "stop"}, b"2", b"")
+
+
+def test_a_picture_is_measured() -> None:
+    """At its last message and not at a preview, with its parts: what takes a microsecond was not done."""
+    clock = iter([5.0, 6.0, 7.0, 8.0])
+    sample = measure(lambda: cast("Answer", Drawn()), 0.5, 4.5, lambda: next(clock))
+    assert (sample.clock, sample.picture, sample.finished, sample.seconds) == (5.0, 2.0, 2.0, 3.0)
+    assert sample.drawing == {"condition": 0.01, "denoise": 0.3, "decode": 0.1}
+    assert Sample.from_dict(json.loads(json.dumps(sample.as_dict()))) == sample
 
 
 def test_a_sample_survives_json() -> None:
@@ -123,6 +156,17 @@ def test_accounting_takes_the_slower_encoder() -> None:
     assert result.beside == {"audio_encoder": pytest.approx(100)}
     assert result.by_hop()["scheduling and python"] == pytest.approx(900 - 250 - 500)
     assert result.by_hop()["client and network"] == pytest.approx(100)
+
+
+def test_accounting_of_a_drawing_has_the_parts_of_its_model() -> None:
+    """Triton counts only that the model took it over; what its own clock does not tell is by difference."""
+    clock = {"condition": 0.1, "denoise": 0.4, "decode": 0.1}
+    sample = Sample(0, 0, 1.0, 1.0, engine={"prefill": 0.2}, picture=1.0, drawing=clock)
+    result = account([sample], {"ming": counted(0.95), "image": counted(0.001, compute_infer=0.001)})
+    assert result is not None and result.closes and result.sum == pytest.approx(1000)
+    found = {row.part: row.ms for row in result.rows if row.hop == "image"}
+    assert found == pytest.approx({"condition": 100, "denoise": 400, "decode": 100, "by difference": 150})
+    assert not any(row.first for row in result.rows if row.hop == "image")
 
 
 def test_accounting_that_claims_too_much_does_not_close() -> None:
@@ -232,6 +276,9 @@ def test_encoders_have_a_ceiling() -> None:
     assert name == "audio_encoder" and sound == cost.audio(config.audio, config.llm.hidden_size, 200)
     name, seen = model.encoder_cost("image", media["image"]) or ("", None)
     assert name == "vision_encoder" and seen is not None and seen.flops > 1e6
+    drawn = model.encoder_cost("image", media["image"], draws=True)
+    # a picture to edit is read at 451584 pixels, which are more
+    assert drawn is not None and drawn[1].flops > 1.2 * seen.flops
     assert model.encoder_cost("image", media["audio"]) is None
     answer = Sample(0, prompt_tokens=10, completion_tokens=5, engine={"decode": 0.4})
     found = shares(model, Ceiling(2, 1e10, 1e11), Load("rate", 1), {}, [answer], (name, seen), 2.0)

@@ -79,14 +79,37 @@ def test_page_shows_everything(report: dict[str, Any]) -> None:
     parsed = Page(page(report))
     tags = [tag for tag, _ in parsed.tags]
     shown = " ".join(parsed.text)
-    assert tags.count("svg") == 2 * 3 + 1
-    assert tags.count("polyline") == 2 * 2 * 4 + 2
+    assert tags.count("svg") == 2 * 3 + 2
+    assert tags.count("polyline") == 2 * 2 * 4 + 2 * 2
     for point in report["points"]:
         assert f"{point['metrics']['ttft']['p50']['value']:.3g}" in shown
     for words in ("time to first token", "postprocess", "adds up", "the server has no output", "fake", "processor"):
         assert words in shown or any(words in str(a.values()) for _, a in parsed.tags), words
     errors = [a["title"] for tag, a in parsed.tags if tag == "span" and a.get("class") == "bad" and "title" in a]
     assert errors and all("the llm failed" in str(error) for error in errors)
+    assert "EngineError: the llm failed: report it" in parsed.text, "also where nobody points"
+    assert "The measurement ended early" not in shown
+
+
+def test_page_of_a_run_that_ended_early(report: dict[str, Any]) -> None:
+    assert "The measurement ended early: no server answers." in page({**report, "stopped": "no server answers"})
+
+
+def test_numbers_at_the_edge_of_a_plot_are_whole() -> None:
+    """The last tick of an axis stands at the edge: a long number ends there and a short one is centred."""
+    for largest, anchor in ((1500.0, 'x="560.0" y="272.0" text-anchor="end">1500<'), (5.0, 'text-anchor="middle">5<')):
+        assert anchor in svg.line_plot("title", "x", "y", {"a": [(largest, 1.0)]})
+
+
+def test_a_picture_is_told_by_its_parts(report: dict[str, Any]) -> None:
+    """The bars of a drawing have the colours of its parts, and the page's style knows each of them."""
+    drawn = copy.deepcopy(report)
+    parts = ("condition", "encode", "denoise", "decode", "by difference")
+    for point in drawn["points"]:
+        point["hops"]["rows"] += [{"hop": "image", "part": part, "ms": point["hops"]["total_ms"]} for part in parts]
+    text = page(drawn)
+    used = set(re.findall(r'<i class="key (s\d+)"></i>image ', text))
+    assert len(used) == len(parts) and all(f".bar.{colour}{{" in text and f".key.{colour}{{" in text for colour in used)
 
 
 def test_text_is_escaped(report: dict[str, Any]) -> None:
@@ -151,7 +174,7 @@ def test_in_a_browser(report: dict[str, Any], tmp_path: Path) -> None:
         [browser, *arguments, profile, html.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title and json.loads(title.group(1)) == [True, 7, True]
+    assert title and json.loads(title.group(1)) == [True, 8, True]
     assert "CONSOLE" not in done.stderr
 
 

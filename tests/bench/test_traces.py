@@ -99,6 +99,22 @@ def test_what_goes_on_after_the_text_has_its_row(gives: dict[str, Any], hop: str
     assert (last["model"], last["start"], last["end"]) == (hop, 316, 510)
 
 
+def test_a_drawing_is_cut_by_the_clock_of_its_model() -> None:
+    """What its parts do not explain (waiting, the file of the picture) is left, and parts too long end with it."""
+    (trace,) = read_trace(json.dumps(entries(10.0, one(), [10.206, 10.5])))
+    asked = sample()
+    asked.seconds, asked.picture = 0.52, 0.52
+    asked.drawing = {"condition": 0.01, "denoise": 0.1, "decode": 0.05}
+    found = {p.part: p.end - p.start for p in pieces(trace, asked) if p.hop == "image"}
+    assert found == pytest.approx({"condition": 0.01, "denoise": 0.1, "decode": 0.05, "by difference": 0.034})
+    spans = [span for span in timeline(trace, asked)["spans"] if span["model"] == "image"]
+    assert [span["part"] for span in spans] == list(found) and spans[-1]["end"] == 510
+    assert all(before["end"] == after["start"] for before, after in pairwise(spans))
+    asked.drawing = {"denoise": 9.0}
+    found = {p.part: p.end - p.start for p in pieces(trace, asked) if p.hop == "image"}
+    assert found == pytest.approx({"denoise": 0.5 - 0.306})
+
+
 def test_rows_are_means_that_add_up() -> None:
     traces = {t.id: t for name in "ab" for t in read_trace(json.dumps(entries(10.0, one(), [10.307], name)))}
     longer = sample("b")
@@ -111,9 +127,14 @@ def test_rows_are_means_that_add_up() -> None:
     assert found["timeline"]["total_ms"] == 420
 
 
-@given(st.lists(st.floats(0.0001, 0.05), min_size=36, max_size=36), st.floats(0, 0.05), st.floats(0, 0.5))
-def test_pieces_cover_the_request_without_gaps(gaps: list[float], late: float, queue: float) -> None:
-    """Whatever the order in which steps overlap."""
+@given(
+    st.lists(st.floats(0.0001, 0.05), min_size=36, max_size=36),
+    st.floats(0, 0.05),
+    st.floats(0, 0.5),
+    st.floats(-0.05, 0.2),
+)
+def test_pieces_cover_the_request_without_gaps(gaps: list[float], late: float, queue: float, after: float) -> None:
+    """Whatever the order in which steps overlap, and also if the client ended before the server noted (`after` < 0)."""
     steps, at = [], 5.0
     for number, (name, _) in enumerate(one()):
         times = []
@@ -123,7 +144,7 @@ def test_pieces_cover_the_request_without_gaps(gaps: list[float], late: float, q
         steps.append((name, times))
         at -= gaps[6 * number]  # the next step begins before this one ends
     (trace,) = read_trace(json.dumps(entries(5.0, steps, [at])))
-    ours = Sample(0, late, at + 0.2 - 4.9, engine={"queue": queue}, id="a", clock=4.9)
+    ours = Sample(0, late, max(0.2, at + after - 4.9), engine={"queue": queue}, id="a", clock=4.9)
     found = pieces(trace, ours)
     assert found[0].start == pytest.approx(0, abs=1e-6) and found[-1].end == pytest.approx(ours.seconds)
     for before, after in pairwise(found):
