@@ -21,6 +21,10 @@ _EXP_TOP = np.float32(30)
 """Above it exp(x) (exp(x) + 2) / (exp(x) (exp(x) + 2) + 2) is 1 in float32, far above it overflows."""
 
 
+# what the divisor of Snake is made with
+_OF_ONE_WEIGHT = ("Unsqueeze", "Mul", "Add", "Div")
+
+
 def lower_decoder(model: ir.Model, precision: str, keep: Sequence[str]) -> None:
     """Rewrites an engine of the audio decoder, weights bound, in place.
 
@@ -56,13 +60,10 @@ def _rewrite_mish(graph: ir.Graph) -> None:
 
 
 def _rewrite_snake(graph: ir.Graph) -> None:
-    """sin(alpha x)^2 / alpha: a product with the reciprocal, which is known, in the place of the division."""
+    """sin(alpha x)^2 / (alpha + 1e-9): a product with the reciprocal, which is known, in the place of the division."""
     for node in _of_type(graph, "Div"):
         square, divisor = node.inputs
-        unsqueeze = None if divisor is None else divisor.producer()
-        if square is None or unsqueeze is None or unsqueeze.op_type != "Unsqueeze":
-            continue
-        alpha = _weight(unsqueeze, 0)
+        alpha = _row_of(divisor)
         if alpha is None:
             continue
         shape = [*alpha.shape.numpy(), 1]
@@ -70,6 +71,20 @@ def _rewrite_snake(graph: ir.Graph) -> None:
         emit = Emitter(graph, node, f"{node.name}/")
         take_over(node.outputs[0], emit("Mul", square, bound(graph, inverse)))
         graph.remove(node, safe=True)
+        while divisor is not None and not divisor.uses() and (unused := divisor.producer()) is not None:
+            divisor = unused.inputs[0]
+            graph.remove(unused, safe=True)
+
+
+def _row_of(value: ir.Value | None) -> StreamedTensor | None:
+    """The weight [C] that `value` is made of alone: with another axis, and constants multiplied or added."""
+    while value is not None and (node := value.producer()) is not None:
+        others = (ir.convenience.get_const_tensor(other) for other in node.inputs[1:] if other is not None)
+        if node.op_type not in _OF_ONE_WEIGHT or any(tensor is None for tensor in others):
+            return None
+        value = node.inputs[0]
+    tensor = None if value is None else value.const_value
+    return tensor if isinstance(tensor, StreamedTensor) and len(tensor.shape) == 1 else None
 
 
 def _inverse(alpha: StreamedTensor) -> Array:

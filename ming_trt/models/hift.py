@@ -18,15 +18,24 @@ _TURN = 1 << 24
 """Parts of a cycle: as many as float32 holds exactly."""
 
 
+_SNAKE_SCALE = 2.0**30
+
+
 class _Snake(nn.Module):
+    """x + sin(alpha x)^2 / (alpha + 1e-9) for x [B, channels, T]; x where alpha is 0. In float32 in every precision: in
+    float16 the small number is 0, and so are products that alpha divides.
+    """
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha = self.alpha[:, None]
-        wave = (x * alpha).sin()
-        return x + wave * wave / (alpha + 1e-9)
+        wide, alpha = x.float(), self.alpha[:, None].float()
+        wave = (wide * alpha).sin()
+        # The exporter's optimiser takes 1e-9 for 0 and drops a plain sum. Powers of two leave every bit as it is.
+        divisor = (alpha * _SNAKE_SCALE + 1e-9 * _SNAKE_SCALE) / _SNAKE_SCALE
+        return (wide + wave * wave / divisor).to(x.dtype)
 
 
 class _ResBlock(nn.Module):

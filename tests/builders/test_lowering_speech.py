@@ -39,6 +39,7 @@ def module() -> Decoder:
     module = Decoder().eval()
     with torch.no_grad():
         module.snake.alpha.uniform_(0.5, 2)
+        module.snake.alpha[:3] = torch.tensor([0.0, 1e-9, -0.7])
         module.causal.bias[:4] += 40.0  # where exp(x) squared has no float32
         module.causal.bias[4:8] -= 120.0
     return module
@@ -56,6 +57,27 @@ def lowered(module: Decoder, folder: Path, precision: str, keep: tuple[str, ...]
     lower_decoder(model, precision, keep)
     save(model, folder)
     return OnnxRuntimeEngine(folder / "model.onnx", threads=1), operators(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_snake_without_an_alpha_is_the_input_in_every_graph(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its small number survives the exporter's optimiser and half precision, where 0 / 0 would be left of it."""
+    alpha = torch.tensor([0.0, 1e-9, 3e-8, 1e-3, 0.5, -2.0])
+    with torch.device("meta"):
+        empty, example = _Snake(len(alpha)).to(dtype), torch.zeros(2, len(alpha), 7, dtype=dtype)
+    model = export_graph(empty, {"x": example}, {"x": {0: "B", 2: "T"}}, ["y"])
+    bind_weights(model, {"alpha": lambda: [alpha.to(dtype).numpy()]})
+    save(model, tmp_path)
+    x = np.random.default_rng(0).standard_normal((2, len(alpha), 9)).astype(np.float32)
+    a = alpha.to(dtype).numpy().astype(np.float32)[:, None]
+    rounded = torch.from_numpy(x).to(dtype).numpy()
+    wide = rounded.astype(np.float32)
+    # as the official model has it, in float32
+    expected = wide + np.float32(1) / (a + np.float32(1e-9)) * np.sin(wide * a) ** 2
+    got = OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1).run({"x": rounded})["y"]
+    assert np.array_equal(got[:, 0], rounded[:, 0])
+    # one rounding of the result, and another order of the division
+    np.testing.assert_allclose(got, expected, rtol=2 * float(torch.finfo(dtype).eps), atol=1e-6)
 
 
 def operators(model: ir.Model) -> Counter[str]:
