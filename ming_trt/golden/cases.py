@@ -7,6 +7,7 @@ An output may be stored whole (`NAME`) or trimmed to a sample of its elements (`
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,15 +45,20 @@ class Cases:
             raise ConfigError(
                 f"no cases.json in '{folder}': give the folder that holds cases.json and cases.npz"
             ) from None
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"'{path}' is not JSON ({error}): copy the folder again") from None
+        if not isinstance(self.index, dict) or not isinstance(self.index.get("arrays"), dict):
+            raise ConfigError(f"'{path}' has no object 'arrays': give the folder of a set of reference cases")
 
     @cached_property
     def _npz(self) -> Any:
         path = self.folder / "cases.npz"
         if not path.exists():
             raise ConfigError(f"no cases.npz in '{self.folder}': copy the folder again")
-        return np.load(path)
+        try:
+            return np.load(path)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"'{path}' cannot be read ({error}): copy the folder again") from None
 
     @property
     def arrays(self) -> dict[str, dict[str, Any]]:

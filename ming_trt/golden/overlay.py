@@ -7,42 +7,23 @@ they are linked under names of their own and an index is written that says which
 from __future__ import annotations
 
 import json
-import struct
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ming_trt.checkpoint import Checkpoint
 from ming_trt.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
-
-
-def _tensor_names(shard: Path) -> list[str]:
-    try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError) as error:
-        raise CheckpointError(f"'{shard}' is not a readable safetensors file ({error}): copy it again") from None
-    return [name for name in header if name != "__metadata__"]
-
-
-def _root_shards(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    return sorted(folder.glob("model*.safetensors"))
-
-
-def _others(folder: Path) -> Iterator[Path]:
-    """Every other file, relative to `folder`."""
-    shards = set(_root_shards(folder)) | {folder / _INDEX}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in shards:
-            yield path.relative_to(folder)
+# Lies in every folder that is made here, which may be removed again.
+MARK = ".overlay"
 
 
 def overlay(folders: Sequence[Path], target: Path) -> Path:
-    """Makes `target` (must not exist) the union of `folders`; a single folder is returned as it is."""
+    """Makes `target` the union of `folders`, anew if it was made before; a single folder is returned as it is.
+
+    Raises `CheckpointError` if one of them is missing or damaged, or if `target` holds anything else.
+    """
     for folder in folders:
         if not Path(folder).is_dir():
             raise CheckpointError(
@@ -50,19 +31,43 @@ def overlay(folders: Sequence[Path], target: Path) -> Path:
             )
     if len(folders) == 1:
         return Path(folders[0])
-    target.mkdir(parents=True)
+    held = [(folder.resolve(), _root_tensors(folder.resolve())) for folder in map(Path, folders)]
+    make_folder(target)
     weight_map: dict[str, str] = {}
-    for number, folder in enumerate(Path(f).resolve() for f in folders):
-        for shard in _root_shards(folder):
-            if not shard.exists():
-                raise CheckpointError(f"shard '{shard.name}' named by {_INDEX} is missing in '{folder}': copy it there")
-            link = target / f"model-overlay{number}-{shard.name.removeprefix('model-')}"
-            link.symlink_to(shard)
-            weight_map.update(dict.fromkeys(_tensor_names(shard), link.name))
-        for relative in _others(folder):
+    for number, (folder, tensors) in enumerate(held):
+        links = {file: f"model-overlay{number}-{file.name.removeprefix('model-')}" for file in tensors.values()}
+        for file, name in links.items():
+            (target / name).symlink_to(file)
+        weight_map |= {tensor: links[file] for tensor, file in tensors.items()}
+        for relative in _others(folder, set(links)):
             link = target / relative
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(folder / relative)
     (target / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return target
+
+
+def make_folder(target: Path) -> None:
+    """Makes `target` an empty folder for links. Raises `CheckpointError` if it exists and was not made by this."""
+    if target.exists():
+        if not (target / MARK).is_file():
+            raise CheckpointError(f"'{target}' is in the way and was not made by ming-trt: give another folder")
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    (target / MARK).touch()
+
+
+def _root_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor -> shard of the folder itself; empty if its weights are in folders below only."""
+    if not (folder / _INDEX).exists() and not any(folder.glob("model*.safetensors")):
+        return {}
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.info(name).file for name in checkpoint.names()}
+
+
+def _others(folder: Path, shards: set[Path]) -> Iterator[Path]:
+    """Every other file, relative to `folder`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path not in shards and path != folder / _INDEX:
+            yield path.relative_to(folder)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ming_trt.config import MingConfig, load_config
 from ming_trt.errors import MingError
 from ming_trt.golden.cases import Cases, Comparison
+from ming_trt.golden.overlay import MARK, make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ class Session:
     _engines: dict[tuple[str, str], Engine] = field(default_factory=dict)
     _references: dict[str, torch.nn.Module] = field(default_factory=dict)
     _config: MingConfig | None = None
+    _linked: set[str] = field(default_factory=set)
 
     @property
     def config(self) -> MingConfig:
@@ -129,14 +131,15 @@ class Session:
         if kind == self.config.llm.rope_kind:
             return self.checkpoint
         folder = self.work / f"checkpoint-{kind}"
-        if not folder.exists():
-            folder.mkdir(parents=True)
+        if kind not in self._linked:
+            make_folder(folder)
             for item in self.checkpoint.iterdir():
-                (folder / item.name).symlink_to(item.resolve())
+                if item.name not in ("config.json", MARK):
+                    (folder / item.name).symlink_to(item.resolve())
             raw: dict[str, Any] = json.loads((self.checkpoint / "config.json").read_text("utf-8"))
             raw["llm_config"]["rope_scaling"] = {**(raw["llm_config"].get("rope_scaling") or {}), "type": kind}
-            (folder / "config.json").unlink()
             (folder / "config.json").write_text(json.dumps(raw))
+            self._linked.add(kind)
         return folder
 
 

@@ -31,11 +31,14 @@ def prepare_raw(
     waveform: npt.NDArray[Any] | None,
 ) -> Prepared:
     """A prompt with markers, a raw picture u8 [h, w, 3] and samples at 16 kHz to the arrays of the contract."""
-    items = [] if picture is None else [image.process_image(Image.fromarray(picture))]
-    clips = [] if waveform is None else [process_waveform(waveform, max_frames=config.audio.max_frames)]
+    processor, audio = Processor(config, tokenizer), config.audio
+    items, clips = [], []
+    if picture is not None:
+        items.append(image.process_image(Image.fromarray(picture), shape=processor.patch_shape))
+    if waveform is not None:
+        clips.append(process_waveform(waveform, max_frames=audio.max_frames, num_mels=audio.num_mels))
     expanded = expand_prompt(prompt, [item.grid for item in items], (), [clip.tokens for clip in clips])
-    ids = np.asarray(tokenizer.encode(expanded), np.int32)
-    return Processor(config, tokenizer).index(ids, items, clips)
+    return processor.index(np.asarray(tokenizer.encode(expanded), np.int32), items, clips)
 
 
 def _positions(session: Session, case: Case) -> None:

@@ -55,3 +55,12 @@ def test_exact_means_exact(cases: Cases) -> None:
 def test_a_folder_without_cases(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cases\.json"):
         Cases(tmp_path)
+
+
+def test_a_damaged_folder(cases: Cases) -> None:
+    (cases.folder / "cases.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ConfigError, match=r"cases\.npz' cannot be read"):
+        Cases(cases.folder).array("whole")
+    (cases.folder / "cases.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no object 'arrays'"):
+        Cases(cases.folder)

@@ -43,3 +43,16 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     (a / "model.safetensors").write_bytes(b"1234")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         overlay([a, a], tmp_path / "m2")
+
+
+def test_made_again_only_over_its_own(tmp_path: Path) -> None:
+    """With `golden --work` the folder of the last time is there; somebody's own checkpoint is left alone."""
+    a, b = (make(tmp_path / name, {f"{name}.w": 1}, name, name) for name in "ab")
+    overlay([a, b], tmp_path / "m")
+    (a / "model.safetensors").unlink()
+    merged = overlay([a, b], tmp_path / "m")
+    assert set(json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]) == {"b.w"}
+    assert not any("overlay0" in path.name for path in merged.iterdir())
+    with pytest.raises(CheckpointError, match="was not made by ming-trt"):
+        overlay([a, b], b)
+    assert (b / "model.safetensors").exists()
