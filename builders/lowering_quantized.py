@@ -6,7 +6,8 @@ Experts become `QMoE`. Linear layers become `MatMulNBits` where weights are what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -16,13 +17,11 @@ from builders.lowering import CONTRIB, backwards, backwards_logits, interleaved,
 from builders.quantize import (
     BLOCKS,
     WeightOnly,
-    block_codes,
     block_for,
-    block_scales,
-    column_codes,
-    column_scales,
+    quantize_blocks,
+    quantize_columns,
 )
-from builders.tensors import Array, StreamedTensor, bound, drop_unused, streamed
+from builders.tensors import Array, StreamedTensor, bound, drop_unused, quantized, streamed
 from ming_trt.errors import BuildError
 
 # int8 activations inside the kernel: the only fast form of 8 bits, and twice as fast for 4
@@ -108,16 +107,17 @@ def _stack(tensor: StreamedTensor, bits: int, block: int | None) -> tuple[Stream
     """Codes [E, rows, width * bits / 8] and scales [E, rows, blocks], or [E, rows] with one block per row."""
     experts, rows, width = tensor.shape.numpy()
     run = block or width
-    scale_shape = (experts, rows, width // run) if block else (experts, rows)
     if width * bits % 8:
         raise BuildError(
             f"'{tensor.name}' has rows of {width} weights, which do not fill bytes at {bits} bits: use int8"
         )
-    return (
-        _each(
-            tensor, "codes", lambda m: block_codes(m, bits, run), ir.DataType.UINT8, (experts, rows, width * bits // 8)
-        ),
-        _each(tensor, "scales", lambda m: block_scales(m, bits, run), ir.DataType.FLOAT, scale_shape),
+
+    def quantize(matrix: Array) -> tuple[Array, Array]:
+        return quantize_blocks(matrix, bits, run)
+
+    scales = (experts, rows, width // run) if block else (experts, rows)
+    return quantized(
+        str(tensor.name), tensor.rows, quantize, (ir.DataType.UINT8, (experts, rows, width * bits // 8)), scales
     )
 
 
@@ -130,18 +130,11 @@ def quantize_linears(model: ir.Model, scheme: WeightOnly, keep: Sequence[str]) -
         if block is None:
             continue
         count = -(-width // block)
-        codes = _matrix(
-            linear.weight,
-            "codes",
-            lambda m, bits=bits, block=block: block_codes(m, bits, block),  # type: ignore[misc]
-            ir.DataType.UINT8,
-            (out, count, block * bits // 8),
-        )
-        scales = _matrix(
-            linear.weight,
-            "scales",
-            lambda m, bits=bits, block=block: block_scales(m, bits, block),  # type: ignore[misc]
-            ir.DataType.FLOAT,
+        codes, scales = quantized(
+            linear.name,
+            partial(_alone, linear.weight),
+            partial(quantize_blocks, bits=bits, block=block),
+            (ir.DataType.UINT8, (out, count, block * bits // 8)),
             (out, count),
         )
         attributes = {"K": width, "N": out, "bits": bits, "block_size": block, "accuracy_level": _ACCURACY_LEVEL}
@@ -155,8 +148,13 @@ def quantize_dynamically(model: ir.Model, keep: Sequence[str]) -> None:
     """Linear layers -> `com.microsoft::DynamicQuantizeMatMul`, except those named in `keep`."""
     for linear in linears(model, keep):
         out, width = linear.weight.shape.numpy()
-        codes = _matrix(linear.weight, "codes", column_codes, ir.DataType.INT8, (width, out))
-        scales = _matrix(linear.weight, "scales", column_scales, ir.DataType.FLOAT, (out,))
+        codes, scales = quantized(
+            linear.name,
+            partial(_alone, linear.weight),
+            quantize_columns,
+            (ir.DataType.INT8, (width, out)),
+            (out,),
+        )
         inputs: list[ir.Value | None] = [linear.x, bound(model.graph, codes), bound(model.graph, scales)]
         if linear.bias is not None:
             inputs += [None, linear.bias]
@@ -173,14 +171,5 @@ def _swap(
     drop_unused(graph, [value for value in old_inputs if isinstance(value.const_value, StreamedTensor)])
 
 
-def _matrix(
-    tensor: StreamedTensor, label: str, change: Callable[[Array], Array], dtype: ir.DataType, shape: Sequence[int]
-) -> StreamedTensor:
-    return StreamedTensor(f"{tensor.name}_{label}", lambda: [change(tensor.numpy())], dtype, shape)
-
-
-def _each(
-    tensor: StreamedTensor, label: str, change: Callable[[Array], Array], dtype: ir.DataType, shape: Sequence[int]
-) -> StreamedTensor:
-    """Like `_matrix`, one matrix of a stack at a time."""
-    return StreamedTensor(f"{tensor.name}_{label}", lambda: map(change, tensor.rows()), dtype, shape)
+def _alone(tensor: StreamedTensor) -> list[Array]:
+    return [tensor.numpy()]

@@ -63,31 +63,22 @@ def _blocks(matrix: Array, block: int) -> torch.Tensor:
     return weight.reshape(len(weight), -1, block)
 
 
-def _block_scales(blocks: torch.Tensor, bits: int) -> torch.Tensor:
-    """[rows, blocks]: the value that is largest in magnitude becomes the code farthest from zero, -2^(bits-1)."""
-    place = blocks.abs().argmax(dim=-1, keepdim=True)
-    extreme = blocks.gather(-1, place).squeeze(-1)
-    return extreme / -float(1 << (bits - 1))
+def quantize_blocks(matrix: Array, bits: int, block: int) -> tuple[Array, Array]:
+    """Codes uint8 [rows, ceil(width / block), block * bits / 8] and scales float32 [rows, ceil(width / block)].
 
-
-def block_scales(matrix: Array, bits: int, block: int) -> Array:
-    """Scales float32 [rows, ceil(width / block)]; they may be negative."""
-    scales: Array = _block_scales(_blocks(matrix, block), bits).numpy()
-    return scales
-
-
-def block_codes(matrix: Array, bits: int, block: int) -> Array:
-    """Codes uint8 [rows, ceil(width / block), block * bits / 8]."""
+    The value of a block that is largest in magnitude becomes the code farthest from zero, -2^(bits-1), so scales may be
+    negative.
+    """
     zero = 1 << (bits - 1)
     blocks = _blocks(matrix, block)
-    scales = _block_scales(blocks, bits).unsqueeze(-1)
+    high, low = blocks.amax(dim=-1), blocks.amin(dim=-1)
+    scales = torch.where(-low > high, low, high) / -float(zero)
     # a block of zeros has the scale 0: any code is right, take the zero point
-    inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+    inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales).unsqueeze(-1)
     codes = (blocks * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    packed: Array = codes.numpy()
-    return packed
+    return codes.numpy(), scales.numpy()
 
 
 def dequantized(codes: Array, scales: Array, bits: int, width: int) -> Array:
@@ -112,3 +103,8 @@ def column_codes(matrix: Array) -> Array:
     scales = torch.from_numpy(column_scales(matrix))
     codes: Array = (weight / scales[:, None]).round_().to(torch.int8).T.contiguous().numpy()
     return codes
+
+
+def quantize_columns(matrix: Array) -> tuple[Array, Array]:
+    """`column_codes` and `column_scales`."""
+    return column_codes(matrix), column_scales(matrix)

@@ -89,6 +89,40 @@ class StreamedTensor(ir.LazyTensor):
             file.write(piece.reshape(-1).view(np.uint8).data)
 
 
+def quantized(
+    name: str,
+    matrices: Callable[[], Iterable[Array]],
+    quantize: Callable[[Array], tuple[Array, Array]],
+    codes: tuple[ir.DataType, Sequence[int]],
+    scales: Sequence[int],
+) -> tuple[StreamedTensor, StreamedTensor]:
+    """Codes (their type and shape) and float32 scales (their shape) that `quantize` makes of each matrix.
+
+    Matrices are read and quantised once: the scales, a small part, wait in memory from when the codes are written until
+    they are written themselves. Asked for at another time, they are made again.
+    """
+    waiting: list[Array] = []
+
+    def first() -> Iterator[Array]:
+        waiting.clear()
+        made = []
+        for matrix in matrices():
+            numbers, scale = quantize(matrix)
+            made.append(scale)
+            yield numbers
+        waiting.extend(made)
+
+    def second() -> Iterator[Array]:
+        made = waiting[:] or (quantize(matrix)[1] for matrix in matrices())
+        waiting.clear()
+        yield from made
+
+    return (
+        StreamedTensor(f"{name}_codes", first, *codes),
+        StreamedTensor(f"{name}_scales", second, ir.DataType.FLOAT, scales),
+    )
+
+
 def weight_pieces(source: WeightSource, checkpoint: Checkpoint, precision: str = "fp32") -> Pieces:
     """The stream of a checkpoint source, converted to `precision`."""
     if isinstance(source, Stack):

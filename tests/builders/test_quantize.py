@@ -18,12 +18,12 @@ from builders.functions import translations
 from builders.lowering import CONTRIB, lower
 from builders.quantize import (
     SCHEMES,
-    block_codes,
     block_for,
-    block_scales,
     column_codes,
     column_scales,
     dequantized,
+    quantize_blocks,
+    quantize_columns,
 )
 from ming_trt.models import ops
 
@@ -44,7 +44,7 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 def test_codes_are_the_nearest(rows: int, width: int, bits: int, block: int, seed: int) -> None:
     matrix = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     matrix[0, : block // 2] = 0
-    codes, scales = block_codes(matrix, bits, block), block_scales(matrix, bits, block)
+    codes, scales = quantize_blocks(matrix, bits, block)
     assert codes.shape == (rows, -(-width // block), block * bits // 8) and codes.dtype == np.uint8
     assert scales.shape == codes.shape[:2] and scales.dtype == np.float32
     back = dequantized(codes, scales, bits, width)
@@ -60,7 +60,7 @@ def test_codes_are_the_nearest(rows: int, width: int, bits: int, block: int, see
 def test_columns() -> None:
     matrix = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32)
     matrix[2] = 0
-    codes, scales = column_codes(matrix), column_scales(matrix)
+    codes, scales = quantize_columns(matrix)
     assert codes.shape == (40, 5) and codes.dtype == np.int8 and (scales > 0).all()
     assert (np.abs(codes.T * scales[:, None] - matrix) <= scales[:, None] * 0.5001).all()
 
@@ -129,7 +129,7 @@ def test_experts(tmp_path: Path, precision: str, sizes: tuple[int, int], normali
             block = block_for(hidden, width) or value.shape[-1]
             for matrix in value:
                 m = matrix.numpy()
-                back = dequantized(block_codes(m, bits, block), block_scales(m, bits, block), bits, m.shape[1])
+                back = dequantized(*quantize_blocks(m, bits, block), bits, m.shape[1])
                 matrix.copy_(torch.from_numpy(back))
     for rows in (1, 40):
         x, logits = torch.randn(rows, hidden), 2 * torch.randn(rows, experts)
@@ -174,6 +174,33 @@ def test_experts_by_rows(tmp_path: Path, normalize: bool) -> None:
         assert relative(got, expected) < 0.03
 
 
+def test_a_matrix_is_quantised_once_when_the_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and scales follow each other in the file; scales asked for later are made again."""
+    made = []
+
+    def counted(matrix: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        made.append(matrix.shape)
+        return quantize_blocks(matrix, bits, block)
+
+    monkeypatch.setattr("builders.lowering_quantized.quantize_blocks", counted)
+    experts, hidden, width = 5, 64, 32
+    real = Experts(experts, hidden, width, True)
+    for value in real.parameters():
+        nn.init.normal_(value)
+    with torch.device("meta"):
+        module = Experts(experts, hidden, width, True)
+        inputs = {"x": torch.zeros(5, hidden), "logits": torch.zeros(5, experts)}
+    model = export_graph(module, inputs, {"x": {0: "N"}, "logits": {0: "N"}}, ["y"], translations())
+    bind(model, real)
+    lower(model, "int8")
+    save(model, tmp_path)
+    assert sorted(made) == sorted([(2 * width, hidden), (hidden, width)] * experts)
+    scales = next(v.const_value for name, v in model.graph.initializers.items() if name.endswith("_scales"))
+    again = scales.numpy()
+    assert len(made) == 3 * experts
+    np.testing.assert_array_equal(again, scales.numpy())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width", [24, 100, 256])
 @pytest.mark.parametrize("form", ["int8", "int4", "dynamic"])
@@ -193,7 +220,7 @@ def test_linears(tmp_path: Path, form: str, width: int, bias: bool) -> None:
             back = column_codes(weight).T * column_scales(weight)[:, None]
         else:
             bits, block = SCHEMES[form].linears, next(b for b in (128, 64, 32, 16) if b <= width)
-            back = dequantized(block_codes(weight, bits, block), block_scales(weight, bits, block), bits, width)
+            back = dequantized(*quantize_blocks(weight, bits, block), bits, width)
         real.first.weight.copy_(torch.from_numpy(back))
         x = torch.randn(2, 33, width)
         expected = [value.numpy() for value in real(x)]
