@@ -261,11 +261,11 @@ def decode(kilopixels: int) -> Work:
 
 
 def watch(frames: int) -> Work:
-    """A film of so many frames, all of which are taken, to patches."""
+    """A film of so many frames, two a second so that all of them are taken, to patches."""
     still = np.asarray(Image.effect_noise((320 + 4 * frames, 240), 40).convert("RGB"))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=12)
+        stream = container.add_stream("mpeg4", rate=2)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         for i in range(frames):
             part = np.ascontiguousarray(still[:, 4 * i : 4 * i + 320])
