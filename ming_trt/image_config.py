@@ -6,6 +6,7 @@ of the condition MLP, and whether the position tables were saved, are known from
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ming_trt.checkpoint import Checkpoint
@@ -111,7 +112,7 @@ def connector_config(config: MingConfig) -> ConnectorConfig:
         layers=section.count("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=section.count("head_dim", hidden // heads),
+        head_dim=section.head_dim(hidden, heads),
         rope_theta=section.real("rope_theta", 1e6),
         eps=section.real("rms_norm_eps", 1e-6),
     )
@@ -195,18 +196,21 @@ def vae_config(config: MingConfig) -> VAEConfig:
         raise ConfigError(f"'vae.block_out_channels' in '{section.file}' is {widths!r}: expected a list of widths")
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         section.refuse(key, [kind] * len(widths))
-    shift = section.values.get("shift_factor")
+    groups = section.count("norm_num_groups", 32)
+    odd = next((width for width in widths if width % groups), None)
+    if odd is not None:
+        raise ConfigError(f"a width of {odd} channels in '{section.file}' does not divide into {groups} norm groups")
     return VAEConfig(
         picture_channels=section.count("in_channels", 3),
         latent_channels=section.count("latent_channels"),
         widths=tuple(widths),
         layers=section.count("layers_per_block", 1, MOST_LAYERS),
-        groups=section.count("norm_num_groups", 32),
+        groups=groups,
         mid_attention=section.flag("mid_block_add_attention", True),
         quant_conv=section.flag("use_quant_conv", True),
         post_quant_conv=section.flag("use_post_quant_conv", True),
         scale=section.real("scaling_factor", 0.18215),
-        shift=0.0 if shift is None else float(shift),
+        shift=section.real("shift_factor", 0.0, above=-math.inf),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from ming_trt.errors import ConfigError
 # Far beyond any width, and any number of layers or experts, of a model.
 MOST, MOST_LAYERS = 2**31 - 1, 4096
 _T = TypeVar("_T", int, float, bool)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Section:
@@ -33,7 +35,7 @@ class Section:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value!r}, expected a {kind.__name__}")
+            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value!r}, expected {_WORDS[kind]}")
         return value
 
     def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
@@ -45,14 +47,23 @@ class Section:
             raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected at most {most}")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
+    def real(self, key: str, default: float | None = None, above: float = 0.0) -> float:
+        """A finite number greater than `above`."""
         value = self._get(key, float, default)
-        if not value > 0:
-            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected more than 0")
+        if not above < value < math.inf:
+            limit = "a finite number" if above == -math.inf else f"more than {above:g}"
+            raise ConfigError(f"'{self.name}.{key}' in '{self.file}' is {value}, expected {limit}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
         return self._get(key, bool, default)
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """Features of a head: "head_dim", or else an even share of `hidden`. Pairs of them are rotated."""
+        size = self.count("head_dim", hidden // heads or None)
+        if size % 2:
+            raise ConfigError(f"'{self.name}.head_dim' in '{self.file}' is {size}, expected an even number")
+        return size
 
     def refuse(self, key: str, supported: Any, default: Any = None) -> None:
         """Raises unless the setting has the only value that is implemented (absent counts as `default`)."""

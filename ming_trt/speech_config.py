@@ -156,7 +156,7 @@ def load_talker_config(folder: Path) -> TalkerConfig:
         layers=body.count("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=body.count("head_dim", hidden // heads),
+        head_dim=body.head_dim(hidden, heads),
         intermediate=body.count("intermediate_size"),
         eps=body.real("rms_norm_eps", 1e-6),
         theta=body.real("rope_theta", 1e6),

@@ -93,7 +93,7 @@ def test_rope_kind(tmp_path: Path, scaling: Any, kind: str) -> None:
         (put("llm_config", "use_sliding_window", True), "use_sliding_window"),
         (put("llm_config", "hidden_act", "gelu"), "'gelu'"),
         (put("llm_config", "hidden_size", None), "llm_config.hidden_size"),
-        (put("llm_config", "hidden_size", "256"), "expected a int"),
+        (put("llm_config", "hidden_size", "256"), "expected a whole number"),
         (put("llm_config", "num_hidden_layers", 0), "at least 1"),
         (put("llm_config", "num_hidden_layers", 10**9), "at most 4096"),
         (put("llm_config", "hidden_size", 10**12), "at most 2147483647"),
