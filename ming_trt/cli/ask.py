@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ming_trt.cli.media_files import SoundFile, StepProgress, check_place, write_picture
+from ming_trt.cli.media_files import PictureFile, SoundFile, StepProgress, check_place
 from ming_trt.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -94,12 +94,12 @@ def command(
             speak=None if speak is None else _given({**speaking, "seed": seed}),
             voice=clip,
         )
-        with answer, _sound(speak) as sound, StepProgress() as progress:
+        with answer, _sound(speak) as sound, _picture(draw) as picture, StepProgress() as progress:
             for delta in answer:
                 if delta.progress:
                     progress.show(*delta.progress)
-                if draw is not None and delta.image is not None:
-                    write_picture(draw, delta.image)
+                if picture is not None and delta.image is not None:
+                    picture.write(delta.image, delta.preview)
                 if sound is not None and delta.audio:
                     sound.write(delta.audio, delta.sample_rate)
                 _print(delta, json)
@@ -143,6 +143,10 @@ def _pixels(size: Sequence[int] | None) -> str | None:
 
 def _sound(path: Path | None) -> AbstractContextManager[SoundFile | None]:
     return nullcontext() if path is None else SoundFile(path)
+
+
+def _picture(path: Path | None) -> AbstractContextManager[PictureFile | None]:
+    return nullcontext() if path is None else PictureFile(path)
 
 
 def _finish_sound(sound: SoundFile) -> None:

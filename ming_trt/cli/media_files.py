@@ -49,11 +49,28 @@ class WholeFile:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_picture(path: Path, data: bytes) -> None:
-    """Writes a file of these bytes."""
-    with WholeFile(path) as file:
-        file.stream.write(data)
-        file.finish()
+class PictureFile:
+    """A PNG file that may show previews while it is drawn; use as a context manager. Leaving before the picture itself
+    was written removes the preview."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._preview = path, False
+
+    def __enter__(self) -> PictureFile:
+        return self
+
+    def write(self, data: bytes, preview: bool) -> None:
+        """Replaces the file by one of these bytes."""
+        with WholeFile(self._path) as file:
+            file.stream.write(data)
+            file.finish()
+        self._preview = preview
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._preview:
+            self._path.unlink(missing_ok=True)
 
 
 class SoundFile:
