@@ -50,15 +50,21 @@ def prepare_picture(
             f"the prompt has {prompt.length} tokens and a picture needs {APPENDED} more, which is above the "
             f"{processor.max_prompt_tokens} that are served: shorten the text, or send fewer or smaller media"
         )
+    merge = processor.patch_shape.merge
     spans = append_query_tokens(
-        prompt.input_ids, prompt.image_grid, start=tokens.image_start, patch=tokens.image_patch, end=tokens.image_end
+        prompt.input_ids,
+        prompt.image_grid,
+        start=tokens.image_start,
+        patch=tokens.image_patch,
+        end=tokens.image_end,
+        merge=merge,
     )
     positions, delta = position_ids(
         spans.input_ids,
         spans.grid_thw,
         image_patch=tokens.image_patch,
         rope_kind=processor.config.llm.rope_kind,
-        merge_size=processor.patch_shape.merge,
+        merge_size=merge,
     )
     modality, feature_index = index_features(spans.input_ids.astype(np.int32), tokens)
     extended = replace(

@@ -37,12 +37,12 @@ def strip_grids(merge: int = 2) -> npt.NDArray[np.int64]:
 
 
 def append_query_tokens(
-    input_ids: npt.ArrayLike, grid_thw: npt.ArrayLike | None, *, start: int, patch: int, end: int
+    input_ids: npt.ArrayLike, grid_thw: npt.ArrayLike | None, *, start: int, patch: int, end: int, merge: int = 2
 ) -> QuerySpans:
     """Appends the three query spans to a prompt that ends with the assistant prefix.
 
     `start`, `patch` and `end` are the ids of the ordinary `<image>`, `<imagePatch>` and `</image>`; `grid_thw` [n, 3]
-    are the grids of the prompt's own pictures, or None.
+    are the grids of the prompt's own pictures, or None; `merge` as for `strip_grids`.
     """
     ids = [np.asarray(input_ids, np.int64).reshape(-1)]
     mask = [np.zeros(ids[0].shape, np.bool_)]
@@ -50,7 +50,7 @@ def append_query_tokens(
         count = side * side
         ids.append(np.array([start, *[patch] * count, end], np.int64))
         mask.append(np.array([False, *[True] * count, False]))
-    grids = strip_grids()
+    grids = strip_grids(merge)
     if grid_thw is not None:
         grids = np.concatenate([np.asarray(grid_thw, np.int64).reshape(-1, 3), grids])
     return QuerySpans(np.concatenate(ids), np.concatenate(mask), grids)

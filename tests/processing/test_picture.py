@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,14 @@ def test_words_to_picture(processor: Processor) -> None:
     chosen = prepared.prompt.feature_index >= 0
     np.testing.assert_array_equal(prepared.prompt.feature_index[chosen], np.arange(QUERY_TOKENS))
     np.testing.assert_array_equal(prepared.prompt.modality, chosen)
+
+
+def test_cells_of_three_patches() -> None:
+    """Strips of the query tokens are counted in the checkpoint's own merge cells."""
+    sizes = replace(config(), vision=replace(config().vision, merge_size=3))
+    odd = Processor(sizes, ByteTokenizer.from_cases(cases().index))
+    positions = _prepare(odd, cases().index["e2e"]["t2i"]["text"]).prompt.positions
+    cases().check("e2e.t2i.position_ids", positions)
 
 
 def test_edit(processor: Processor) -> None:
