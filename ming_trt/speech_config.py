@@ -172,7 +172,7 @@ def load_flow_config(file: Path, settings: Mapping[str, Any]) -> FlowConfig:
     flow = _section(settings, "flow")
     encoder, decoder = _section(flow, "encoder"), _section(flow, "decoder")
     estimator, cfm = _section(decoder, "estimator"), _section(decoder, "cfm_params")
-    cfm = cfm.get("content", cfm)
+    cfm = _section(cfm, "content") if "content" in cfm else cfm
     unsupported = [name for name in shapes if name.startswith("decoder.estimator.down_blocks.1.")]
     if unsupported:
         raise CheckpointError(
@@ -180,7 +180,7 @@ def load_flow_config(file: Path, settings: Mapping[str, Any]) -> FlowConfig:
         )
     stage = "decoder.estimator.mid_blocks.0.1.0."
     inner = _shape(shapes, f"{stage}attn1.to_q.weight", file)[0]
-    heads = int(estimator.get("num_heads", 8))
+    heads = _whole(estimator, "num_heads", 8)
     if inner % heads:
         raise CheckpointError(
             f"the estimator's {inner} attention features in '{file}' do not divide into {heads} heads"
@@ -203,8 +203,8 @@ def load_flow_config(file: Path, settings: Mapping[str, Any]) -> FlowConfig:
         estimator_heads=heads,
         estimator_head_dim=inner // heads,
         estimator_feed_forward=_shape(shapes, f"{stage}ff.net.0.proj.weight", file)[0],
-        chunk=int(encoder.get("static_chunk_size", settings.get("chunk_size", 50))),
-        guidance=float(cfm.get("inference_cfg_rate", 0.7)),
+        chunk=_whole(encoder, "static_chunk_size", _whole(settings, "chunk_size", 50)),
+        guidance=_real(cfm, "inference_cfg_rate", 0.7),
     )
     _agree(file, "token_mel_ratio", flow.get("token_mel_ratio"), 1)
     _agree(file, "t_scheduler", cfm.get("t_scheduler"), "cosine")
@@ -237,18 +237,22 @@ def load_hift_config(file: Path, settings: Mapping[str, Any]) -> HiftConfig:
     istft, f0 = _section(hift, "istft_params"), _section(hift, "f0_predictor")
     pre = _shape(shapes, f"conv_pre.{norm}", file)
     stages = _count(shapes, "ups.")
-    rates = tuple(int(rate) for rate in hift.get("upsample_rates", (8, 5, 3)))
+    rates = _wholes("upsample_rates", hift.get("upsample_rates", [8, 5, 3]))
     _agree(file, "number of upsample_rates", len(rates), stages)
     branches = _count(shapes, "resblocks.") // stages
-    dilations = [tuple(map(int, each)) for each in hift.get("resblock_dilation_sizes", [(1, 3, 5)] * branches)]
-    dilations += [tuple(map(int, each)) for each in hift.get("source_resblock_dilation_sizes", [])]
+    dilations = []
+    for key, default in (("resblock_dilation_sizes", [[1, 3, 5]] * branches), ("source_resblock_dilation_sizes", [])):
+        listed = hift.get(key, default)
+        if not isinstance(listed, list):
+            raise _malformed(key, listed, "a list of lists")
+        dilations += [_wholes(key, each) for each in listed]
     if len(set(dilations)) != 1:
         raise ConfigError(f"the dilations {dilations} of the vocoder differ, but only equal ones are implemented")
     config = HiftConfig(
         mel=pre[1],
         base=pre[0],
         harmonics=_shape(shapes, "m_source.l_linear.weight", file)[1] - 1,
-        sample_rate=int(settings.get("sample_rate", 24000)),
+        sample_rate=_whole(settings, "sample_rate", 24000),
         f0_width=_shape(shapes, f"f0_predictor.condnet.0.{norm}", file)[0],
         up_rates=rates,
         up_kernels=tuple(_shape(shapes, f"ups.{i}.{norm}", file)[2] for i in range(stages)),
@@ -256,9 +260,9 @@ def load_hift_config(file: Path, settings: Mapping[str, Any]) -> HiftConfig:
         source_kernels=tuple(_shape(shapes, f"source_resblocks.{i}.convs1.0.{norm}", file)[2] for i in range(stages)),
         dilations=dilations[0],
         n_fft=_shape(shapes, f"conv_post.{norm}", file)[0] - 2,
-        istft_hop=int(istft.get("hop_len", 4)),
-        slope=float(hift.get("lrelu_slope", 0.1)),
-        limit=float(hift.get("audio_limit", 0.99)),
+        istft_hop=_whole(istft, "hop_len", 4),
+        slope=_real(hift, "lrelu_slope", 0.1),
+        limit=_real(hift, "audio_limit", 0.99),
         prefix=prefix,
         weight_norm=norm,
     )
@@ -300,6 +304,29 @@ def _agree(file: Path, what: str, stated: Any, found: Any) -> None:
         raise CheckpointError(
             f"{what} is {stated!r} beside '{file}', but {found!r} is needed there: take both from one release"
         )
+
+
+def _malformed(key: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"'{key}' in {YAML} is {value!r}, expected {expected}: use the checkpoint's own file")
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
+    (value,) = _wholes(key, [values.get(key, default)])
+    return value
+
+
+def _wholes(key: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int or value < 1 for value in values):
+        raise _malformed(key, values, "whole numbers of at least 1")
+    return tuple(values)
+
+
+def _real(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = values.get(key, default)
+    try:
+        return float(value)  # YAML takes 1e-2 for a word
+    except (TypeError, ValueError):
+        raise _malformed(key, value, "a number") from None
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -107,6 +107,25 @@ def test_spellings_of_the_vocoder(copy: Path, spelling: str) -> None:
         assert torch.allclose(sources[name].load(here), expected[name].load(there), atol=1e-7), name
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_heads: 4", "num_heads: 0", r"'num_heads' in .* is \[0\], expected whole numbers of at least 1"),
+        ("num_heads: 4", "num_heads: four", "'num_heads' in .* expected whole numbers"),
+        ("upsample_rates: [8, 5, 3]", "upsample_rates: 120", "'upsample_rates' in .* is 120, expected whole numbers"),
+        ("inference_cfg_rate: 0.7", "inference_cfg_rate: [0.7]", "'inference_cfg_rate' in .* expected a number"),
+        ("hop_len: 4", "hop_len: 4.5", "'hop_len' in .* expected whole numbers"),
+    ],
+)
+def test_malformed_values_are_sentences(copy: Path, old: str, new: str, message: str) -> None:
+    file = copy / "talker" / YAML
+    text = file.read_text("utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_speech_config(copy)
+
+
 def test_talker_heads_must_be_shared_evenly(copy: Path) -> None:
     file = copy / "talker" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 3, "num_key_value_heads": 2}))
