@@ -29,8 +29,8 @@ class ExportOptions:
     """How a graph is made. Everything here is part of a step's content key.
 
     `target` is who will run it: "onnxruntime" (contrib operators are allowed) or "tensorrt" (standard operators and
-    local functions of domain `ming`). `precision` is "fp32", "fp16", "bf16", "int8" or "int4"; the last two are
-    weight-only schemes of target "onnxruntime".
+    local functions of domain `ming`). `precision` is "fp32", "fp16", "bf16", "int8", "int4" or "w8a8"; the last three
+    are schemes of target "onnxruntime": 8 or 4 bits for weights alone, and 8 bits for weights and activations.
 
     Of target "tensorrt" alone: `scheme` says how numbers are held and overrides `precision`; `ranges` maps linear
     layers to the largest magnitude of their inputs, or one for each range of steps, for FP8; `fixed` gives symbols a

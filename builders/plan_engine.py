@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from builders.headers import HeaderCheckpoint
     from ming_trt.config import MingConfig
 
-# Caches of an utterance that is being spoken: two rows (with and without guidance), for each Euler step a set.
-_UTTERANCE = {"flow_encoder": (2, 1), "flow_estimator": (2, STEPS)}
+# Rows and sets of the caches of an utterance that is streamed; guidance makes two rows, each Euler step has a set.
+UTTERANCE = {"flow_encoder": (1, 1), "flow_estimator": (2, STEPS)}
 # parameter -> shape, of each engine of a plan
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 _NAMES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16", "torch.int64": "i64"}
@@ -46,7 +46,7 @@ class EnginePlan:
 
     `inputs` maps names to type and shape (caches once), with a symbol for every dynamic size. `reference_bytes` is what
     the torch definition holds at least while the gate compares with it; `cache_bytes` what the engine carries from call
-    to call, for every slot of a decoder, for one utterance in the flow.
+    to call, for every slot of a decoder, for one streamed utterance in the flow.
     """
 
     name: str
@@ -158,7 +158,7 @@ def _shapes(
         return {}, (), 0
     from builders.activations import activation_bytes, cache_bytes
     from builders.export import signature_of
-    from builders.tensorrt_profiles import phases
+    from builders.tensorrt_profiles import fixed_sizes, phases
 
     floats = preset.precision_of(component.name)
     floats = {"fp8": "bf16"}.get(floats, floats if floats in ("fp16", "bf16") else "fp32")
@@ -180,6 +180,8 @@ def _shapes(
         return inputs, (), 0
     # caches hold whole requests, also where a profile allows any capacity
     capacity = {"T": preset.profile.max_seq_len}
+    if preset.target != "onnxruntime":
+        capacity |= fixed_sizes(component.name, preset.profile)
     # ONNX Runtime writes the scores of attention out, the fused kernels of TensorRT do not
     scores, which = (True, 1) if preset.target == "onnxruntime" else (False, 2)
     profiles = []
@@ -187,8 +189,9 @@ def _shapes(
     for way in ways:
         sizes = capacity | {name: size[which] for name, size in way.sizes.items()}
         profiles.append(ProfilePlan(way.name, dict(way.sizes), activation_bytes(signature, sizes, scores=scores)))
-        rows, sets = _UTTERANCE.get(component.name, (way.sizes.get("B", (1, 1, 1))[2], 1))
-        sizes |= {"B": rows, "T": way.sizes.get("T", (0, 0, preset.profile.max_seq_len))[2]}
+        # a slot of the talker is a request of the language model, which it follows one at a time
+        rows, sets = UTTERANCE.get(component.name, (preset.profile.slots, 1))
+        sizes |= {"B": rows, "T": way.sizes.get("T", (0, 0, capacity["T"]))[2]}
         caches = max(caches, sets * cache_bytes(signature, sizes))
     return inputs, tuple(profiles), caches
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from builders import registry, trtllm
-from builders.plan_engine import EnginePlan, Shapes, cache_bytes_per_token, engine_weights
+from builders.plan_engine import UTTERANCE, EnginePlan, Shapes, cache_bytes_per_token, engine_weights
+from builders.tensorrt_profiles import fixed_sizes
 from ming_trt import presets
 from ming_trt.presets import Preset
 from ming_trt.serving.graph import REQUIRED_COMPONENTS, stages_for
@@ -72,15 +73,19 @@ class Needs:
         ranks = max(parallel)
         model = next((engine for engine in engines if engine.name in ("llm", trtllm.NAME)), None)
         token = cache_bytes_per_token(config, preset) if model else 0
-        kv = token * preset.profile.slots * min(preset.profile.max_seq_len, config.llm.max_positions)
+        longest = min(preset.profile.max_seq_len, config.llm.max_positions)
+        if model and model.name == "llm" and preset.target != "onnxruntime":
+            longest = fixed_sizes("llm", preset.profile)["T"]
+        kv = token * preset.profile.slots * longest
         items = [Item(f"the weights of {engine.name}", engine.weight_bytes_per_gpu) for engine in engines]
         if kv:
             # with more GPUs than key/value heads a head lies on several
             items.append(Item("the KV cache", kv // min(ranks, config.llm.num_kv_heads)))
         if model and model.name == trtllm.NAME:
             items += [Item(what, size) for what, size in trtllm.request_bytes(preset, config.llm).items()]
-        others = (engine for engine in engines if engine is not model)
+        others = (engine for engine in engines if engine is not model and engine.name not in UTTERANCE)
         items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
+        items.append(Item("the caches of the flow", _flow_caches(engines, preset)))
         stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])
         if preset.target == "onnxruntime":
             items += _activations(engines)
@@ -92,6 +97,24 @@ class Needs:
             items.append(Item("the CUDA contexts (estimate)", _CONTEXT * contexts))
             items.append(Item("the CUDA graphs (estimate)", _graphs(model, config, preset)))
         return cls(kv, token, tuple(item for item in items if item.size))
+
+
+def stream_bytes(engines: Iterable[EnginePlan]) -> int:
+    """Caches of one streamed utterance that is as long as the profiles allow."""
+    return sum(engine.cache_bytes for engine in engines if engine.name in UTTERANCE)
+
+
+def _flow_caches(engines: Iterable[EnginePlan], preset: Preset) -> int:
+    """What all streams take of their budget, and the whole utterance that is decoded beside them, without caches for
+    each step. On a GPU a stream takes all of its own from the start, so that whole ones fit or none."""
+    flow = [engine for engine in engines if engine.name in UTTERANCE]
+    stream, slots = stream_bytes(flow), preset.profile.slots
+    if not stream:
+        return 0
+    whole = sum(engine.cache_bytes // UTTERANCE[engine.name][1] for engine in flow)
+    if preset.target == "onnxruntime":
+        return min(slots * stream, preset.flow_budget) + whole
+    return min(slots, preset.flow_budget // stream) * stream + whole
 
 
 def working_bytes(activations: int) -> int:
@@ -148,6 +171,12 @@ def problem(
             f"the KV cache of {profile.slots} slots of {profile.max_seq_len} tokens needs {gib(needs.kv_bytes)}, above "
             f"the preset's kv_budget of {gib(preset.kv_budget)}: lower max_seq_len or slots, or raise kv_budget"
             + (f"; or {other}" if other else "")
+        )
+    stream = stream_bytes(engines)
+    if preset.target != "onnxruntime" and stream > preset.flow_budget:
+        return (
+            f"speech in parts holds {gib(stream)} for each stream on this target, above the preset's flow_budget of "
+            f"{gib(preset.flow_budget)}: raise it, or build the flow engines in a smaller precision"
         )
     if not limit or needs.total <= limit:
         return ""

@@ -13,13 +13,15 @@ from typing import Any
 from ming_trt.errors import BuildError
 from ming_trt.presets import Profile
 from ming_trt.processing.image_size import BUCKETS
+from ming_trt.runtime.talker import MAX_STEPS
 
 # smallest, typical and largest size of an axis
 Range = tuple[int, int, int]
 # Merge cells are 2 x 2 patches; a window has at least one.
 _CELL = 4
-# Latent cells of a side, eight pixels each; two by two of them are a token of the denoiser.
-_LATENT: Range = (min(h for _, h, _ in BUCKETS) // 8, 64, max(h for _, h, _ in BUCKETS) // 8)
+# Latent cells of a side, eight pixels each; two by two of them are a token of the denoiser. The gate's samples are
+# smaller than any picture.
+_LATENT: Range = (4, 64, max(h for _, h, _ in BUCKETS) // 8)
 _TOKENS: Range = (_LATENT[0] ** 2 // 4, _LATENT[1] ** 2 // 4, _LATENT[2] ** 2 // 4)
 _PICTURE_BATCH: Range = (1, 3, 6)
 # Codes (and mel frames) of an utterance in one part; a part of a stream is about 25.
@@ -74,9 +76,8 @@ def _audio(p: Profile, facts: Mapping[str, Any]) -> list[Phase]:
     return [Phase("clip", {"frames": _clip(1, 1500, longest)})]
 
 
-def _decoder(p: Profile, rows: Mapping[str, Range]) -> list[Phase]:
-    slots = _clip(1, p.slots, p.slots)
-    decode: dict[str, Range] = {"B": slots, "S": (1, 1, 1), "K": (1, 1, 1)}
+def _decoder(p: Profile, batch: Range, rows: Mapping[str, Range]) -> list[Phase]:
+    decode: dict[str, Range] = {"B": batch, "S": (1, 1, 1), "K": (1, 1, 1)}
     # Prefill runs one slot at a time.
     prefill: dict[str, Range] = {
         "B": (1, 1, 1),
@@ -87,11 +88,12 @@ def _decoder(p: Profile, rows: Mapping[str, Range]) -> list[Phase]:
 
 
 def _llm(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
-    return _decoder(p, {"R": _clip(1, 1, p.max_seq_len)})
+    return _decoder(p, _clip(1, p.slots, p.slots), {"R": _clip(1, 1, p.max_seq_len)})
 
 
 def _talker(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
-    return _decoder(p, {"P": _clip(1, p.slots, p.slots), "R": _clip(1, 1, p.max_seq_len)})
+    # Each generation is a run of its own, with its speaker; the gate's sample has two speakers and three rows.
+    return _decoder(p, (1, 1, 1), {"P": (1, 1, 2), "R": _clip(1, 1, max(3, p.max_seq_len))})
 
 
 def _pictures(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
@@ -122,8 +124,18 @@ def _vae_decoder(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
     return [Phase("pictures", {"batch": (1, 1, 2), "height": _LATENT, "width": _LATENT})]
 
 
-def _speech(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
-    return [Phase("part", {"B": _clip(1, 1, p.slots), "C": _CODES, "T": _CODES})]
+def _part(batch: Range) -> list[Phase]:
+    return [Phase("part", {"B": batch, "C": _CODES, "T": _CODES})]
+
+
+def _speech(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
+    """Utterances have caches of their own, and are rendered one by one."""
+    return _part((1, 1, 1))
+
+
+def _guided(_: Profile, __: Mapping[str, Any]) -> list[Phase]:
+    """Always two rows, with the condition and without, however few requests there may be."""
+    return _part((2, 2, 2))
 
 
 _PHASES: dict[str, Callable[[Profile, Mapping[str, Any]], list[Phase]]] = {
@@ -137,7 +149,7 @@ _PHASES: dict[str, Callable[[Profile, Mapping[str, Any]], list[Phase]]] = {
     "vae_decoder": _vae_decoder,
     "talker": _talker,
     "flow_encoder": _speech,
-    "flow_estimator": _speech,
+    "flow_estimator": _guided,
     "f0_predictor": _speech,
     "vocoder": _speech,
 }
@@ -153,8 +165,9 @@ def phases(component: str, profile: Profile, facts: Mapping[str, Any]) -> list[P
 def fixed_sizes(component: str, profile: Profile) -> dict[str, int]:
     """Symbols that are one number in TensorRT: caches that are updated in place have a static capacity.
 
-    It is rounded up to whole tiles of the attention kernels.
+    It is rounded up to whole tiles of the attention kernels. The talker reads what the language model read and goes on.
     """
-    if component in ("llm", "talker"):
-        return {"T": -(-profile.max_seq_len // _TILE) * _TILE}
+    tokens = {"llm": profile.max_seq_len, "talker": profile.max_seq_len + MAX_STEPS}
+    if component in tokens:
+        return {"T": -(-tokens[component] // _TILE) * _TILE}
     return {"T": _CODES[2]} if component in ("flow_encoder", "flow_estimator") else {}

@@ -116,7 +116,8 @@ DEFAULT_THRESHOLDS: Mapping[str, Thresholds] = {
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A checked preset. `precision` maps component names to one of `PRECISIONS`, with `default` for the rest;
-    `gate` maps component names, or precisions, to thresholds; `threads` 0 means one per core; `kv_budget` bytes."""
+    `gate` maps component names, or precisions, to thresholds; `threads` 0 means one per core; `kv_budget` bytes of the
+    language model's cache, `flow_budget` bytes that the flows of all streamed speech may take together."""
 
     name: str
     description: str = ""
@@ -127,6 +128,7 @@ class Preset:
     gate: Mapping[str, Thresholds] = field(default_factory=dict)
     threads: int = 0
     device_memory: int = 0
+    flow_budget: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -135,6 +137,8 @@ class Preset:
             self._check_precision(component, precision)
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads is {self.threads!r}: it must be 0 (one per core) or more")
+        if self.flow_budget < 1:
+            raise ConfigError(f"flow_budget is {self.flow_budget!r}: write a size such as '4GiB'")
 
     def _check_precision(self, component: str, precision: str) -> None:
         if precision not in PRECISIONS:
@@ -196,7 +200,7 @@ def from_dict(data: Mapping[str, Any], name: str) -> Preset:
         # 80 and 80.0 are one threshold
         gate[key] = Thresholds(**{name: float(x) if type(x) is int else x for name, x in table.items()})
     values["gate"] = gate
-    for key in ("kv_budget", "device_memory"):
+    for key in ("kv_budget", "flow_budget", "device_memory"):
         if data.get(key):
             values[key] = parse_size(data[key], f"{key} of preset '{name}'")
     return Preset(**values)

@@ -22,6 +22,14 @@ def test_shipped_presets_load_and_round_trip(name: str) -> None:
     assert presets.from_dict(preset.as_dict(), name) == preset
 
 
+def test_the_memory_of_streamed_speech_is_a_size() -> None:
+    assert presets.from_dict({"flow_budget": "6GiB"}, "mine").flow_budget == 6 << 30
+    assert presets.from_dict({}, "older").flow_budget == 4 << 30
+    for wrong in (0, "none", True):
+        with pytest.raises(ConfigError, match="flow_budget"):
+            presets.from_dict({"flow_budget": wrong}, "mine")
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_every_precision_of_a_shipped_preset_has_thresholds_in_it(name: str) -> None:
     preset = presets.load(name)

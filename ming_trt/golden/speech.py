@@ -241,7 +241,7 @@ def _detokenizer(session: Session) -> Detokenizer:
 
     engines = {name: session.engine(name) for name in Detokenizer.ENGINES}
     bundle = Bundle.open(session.work / f"bundle-{session.config.llm.rope_kind}")
-    return Detokenizer(engines, {name: bundle.component(name).facts for name in engines})
+    return Detokenizer(engines, {name: bundle.component(name).facts for name in engines}, bundle.preset.flow_budget)
 
 
 def _flow(session: Session, decoder: Detokenizer, voice: Voice) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from math import prod
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 
-from ming_trt.errors import InputError
+from ming_trt.errors import ConfigError, InputError
 from ming_trt.processing.voice import Voice
-from ming_trt.runtime.engine import Arrays, Engine, OwnMemory, zeros
+from ming_trt.runtime.engine import Arrays, Engine, OwnMemory, TensorSpec, zeros
 from ming_trt.runtime.flow_match import initial_noise
 from ming_trt.runtime.flow_memory import FlowMemory, Share
 
@@ -28,9 +29,11 @@ STEPS = 10
 MAX_FRAMES = 15000
 """Frames of the flow's fixed noise: the longest prompt and utterance together (300 s)."""
 MEMORY_BUDGET = 4 << 30
-"""Bytes that the flows of all streams may take together."""
+"""Bytes that the flows of all streams may take together, if nobody says otherwise."""
 MAX_KEPT = 2
 """Caches that are kept for utterances to come, where they are in a GPU's memory."""
+# rows of the estimator: with the condition and without
+_GUIDED = 2
 
 
 class PartCaches:
@@ -42,10 +45,9 @@ class PartCaches:
     """
 
     def __init__(self, engine: Engine, rows: int, capacity: int, keep: bool = True) -> None:
-        past = {name: spec for name, spec in engine.inputs.items() if name.startswith("past_")}
-        self._in_place = {name for name in past if name.startswith(("past_key_", "past_value_"))}
-        fixed = {size for name in self._in_place if isinstance(size := past[name].shape[2], int)}
-        self._fixed = min(fixed, default=None)
+        past = _carried(engine)
+        self._in_place = {name for name in past if name.startswith(_IN_PLACE)}
+        self._fixed = fixed_capacity(engine)
         self._check(capacity)
         self.capacity = self._fixed or capacity
         self._keep = keep
@@ -57,12 +59,15 @@ class PartCaches:
             shape = [size if isinstance(size, int) else self.capacity for size in spec.shape[1:]]
             self._arrays[name] = self._zeros((rows, *shape), spec.dtype)
 
-    def size(self, capacity: int) -> int:
-        """Bytes with room for `capacity` frames."""
-        return sum(
-            array.nbytes // self.capacity * capacity if name in self._in_place else array.nbytes
-            for name, array in self._arrays.items()
+    @staticmethod
+    def size(engine: Engine, rows: int, capacity: int) -> int:
+        """Bytes of such caches with room for `capacity` frames, or for all that the engine has once and for all."""
+        frames = fixed_capacity(engine) or capacity
+        shapes = (
+            ([size if isinstance(size, int) else frames for size in spec.shape[1:]], spec.dtype.itemsize)
+            for spec in _carried(engine).values()
         )
+        return rows * sum(prod(shape) * number for shape, number in shapes)
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` frames."""
@@ -102,44 +107,58 @@ class PartCaches:
         return out
 
 
+_IN_PLACE = ("past_key_", "past_value_")
+
+
+def _carried(engine: Engine) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in engine.inputs.items() if name.startswith("past_")}
+
+
+def fixed_capacity(engine: Engine) -> int | None:
+    """Frames that the keys and values of `engine` hold, if its plan says so; None where they grow as they must."""
+    sizes = (spec.shape[2] for name, spec in _carried(engine).items() if name.startswith(_IN_PLACE))
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlowCaches:
+    """The caches of one utterance: the encoder's, one set for each Euler step, what they would take with room for so
+    many frames, and what they have taken of the streams' memory."""
+
+    encoder: PartCaches
+    steps: list[PartCaches]
+    size: Callable[[int], int]
+    share: Share | None
+
+    def restart(self) -> None:
+        """As new, for another utterance."""
+        for caches in (self.encoder, *self.steps):
+            caches.restart()
+
+
 class FlowState:
     """The flow over one utterance as far as it went: `length` frames, the voice's prompt included.
 
     With `parts` false it is made for one part only, which needs no cache of its own for each Euler step.
     """
 
-    def __init__(self, encoder: Engine, estimator: Engine, capacity: int, parts: bool) -> None:
+    def __init__(self, caches: FlowCaches) -> None:
         self.length = 0
-        self.share: Share | None = None
-        self.encoder = PartCaches(encoder, 1, capacity)
-        sets = [PartCaches(estimator, 2, capacity, keep=parts) for _ in range(STEPS if parts else 1)]
-        self.steps = sets if parts else sets * STEPS
-
-    @classmethod
-    def again(cls, caches: Sequence[PartCaches]) -> FlowState:
-        """A state for another utterance in the caches of one that is over: the encoder's, then one for each step."""
-        state = cls.__new__(cls)
-        state.length, state.share = 0, None
-        state.encoder, *state.steps = caches
-        for each in caches:
-            each.restart()
-        return state
+        self.share = caches.share
+        self.encoder, self.steps = caches.encoder, caches.steps
+        self._size = caches.size
 
     @property
     def capacity(self) -> int:
         """Frames that there is room for."""
         return self.encoder.capacity
 
-    def size(self, capacity: int) -> int:
-        """Bytes with room for `capacity` frames."""
-        return sum(caches.size(capacity) for caches in (self.encoder, *dict.fromkeys(self.steps)))
-
     def reserve(self, frames: int, spare: int = 0) -> bool:
         """Makes room for `frames` in all, and for `spare` more if there is none yet. A run takes time for all the room
         that there is, so little is better than doubling. False if the memory of all streams has no room for it."""
         if frames <= self.capacity:
             return True
-        if self.share is not None and not self.share.grow(self.size(frames + spare)):
+        if self.share is not None and not self.share.grow(self._size(frames + spare)):
             return False
         for caches in (self.encoder, *self.steps):
             caches.grow(frames + spare)
@@ -158,7 +177,10 @@ class VocoderFrames:
 
 class Detokenizer:
     """The engines `ENGINES` and the numbers that their builders recorded (`facts`), both by engine name; `budget` bytes
-    for the flows of all streams."""
+    for the flows of all streams.
+
+    Raises `ConfigError` if the budget has no room for a single one, where all streams are as large from the start.
+    """
 
     ENGINES = ("flow_encoder", "flow_estimator", "f0_predictor", "vocoder")
 
@@ -166,11 +188,16 @@ class Detokenizer:
         self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]], budget: int = MEMORY_BUDGET
     ) -> None:
         self._encoder, self._estimator, self._pitch, self._vocoder = (engines[name] for name in self.ENGINES)
+        if fixed_capacity(self._estimator) and self.stream_bytes(1) > budget:
+            raise ConfigError(
+                f"speech in parts holds {self.stream_bytes(1) / 2**20:.1f} MiB for each stream and flow_budget is "
+                f"{budget / 2**20:.1f} MiB: raise it, or build the flow engines in a smaller precision"
+            )
         self.memory = FlowMemory(budget)
         self._lock = threading.Lock()
         self._whole = threading.Lock()
         # caches of utterances that are over, the latest MAX_KEPT; by whether they were done in parts
-        self._kept = {parts: deque[tuple[PartCaches, ...]](maxlen=MAX_KEPT) for parts in (False, True)}
+        self._kept = {parts: deque[FlowCaches](maxlen=MAX_KEPT) for parts in (False, True)}
         self.look_ahead = int(facts["flow_encoder"]["look_ahead"])
         self.vocabulary = int(facts["flow_encoder"]["vocabulary"])
         self.chunk = int(facts["flow_estimator"]["chunk"])
@@ -193,38 +220,51 @@ class Detokenizer:
 
         Where caches stay in the engine's memory they are used again: captured runs belong to their addresses.
         """
-        kept = self._kept[parts]
-        with self._lock:
-            if kept and kept[-1][0].capacity >= capacity:
-                state = FlowState.again(kept.pop())
-            else:
-                state = FlowState(self._encoder, self._estimator, capacity, parts)
-        if isinstance(self._estimator, OwnMemory):
-            finalize(state, kept.append, (state.encoder, *state.steps)).atexit = False
-        return state
+        return self._again(capacity, parts) or self._new(capacity, parts)
 
     def stream_state(self, capacity: int) -> FlowState | None:
-        """As `state` in parts, within the budget for all streams; None if that has no room for it."""
-        share = Share(self.memory)
-        if not share.grow(self._frame_bytes * capacity + self._fixed_bytes):
-            return None
-        state = self.state(capacity, parts=True)
-        state.share = share
+        """As `state` in parts, within the budget for all streams, in which caches that wait to be used again count too;
+        None if that has no room for it."""
+        state = self._again(capacity, parts=True)
+        if state is not None:
+            return state
+        share, needed = Share(self.memory), self.stream_bytes(capacity)
+        if not share.grow(needed):
+            with self._lock:
+                self._kept[True].clear()  # all too small
+            if not share.grow(needed):
+                return None
+        return self._new(capacity, True, share)
+
+    def stream_bytes(self, capacity: int) -> int:
+        """What a stream holds with room for `capacity` frames."""
+        return self._bytes(capacity, parts=True)
+
+    def _bytes(self, capacity: int, parts: bool) -> int:
+        steps = (STEPS if parts else 1) * PartCaches.size(self._estimator, _GUIDED, capacity)
+        return PartCaches.size(self._encoder, 1, capacity) + steps
+
+    def _again(self, capacity: int, parts: bool) -> FlowState | None:
+        """A state in the caches of an utterance that is over."""
+        kept = self._kept[parts]
+        with self._lock:
+            if not kept or kept[-1].encoder.capacity < capacity:
+                return None
+            caches = kept.pop()
+            caches.restart()
+        return self._given(caches, parts)
+
+    def _new(self, capacity: int, parts: bool, share: Share | None = None) -> FlowState:
+        with self._lock:
+            sets = [PartCaches(self._estimator, _GUIDED, capacity, keep=parts) for _ in range(STEPS if parts else 1)]
+            encoder = PartCaches(self._encoder, 1, capacity)
+        return self._given(FlowCaches(encoder, sets if parts else sets * STEPS, self.stream_bytes, share), parts)
+
+    def _given(self, caches: FlowCaches, parts: bool) -> FlowState:
+        state = FlowState(caches)
+        if isinstance(self._estimator, OwnMemory):
+            finalize(state, self._kept[parts].append, caches).atexit = False
         return state
-
-    @cached_property
-    def _fixed_bytes(self) -> int:
-        """Of a stream's state, whatever its capacity."""
-        return 2 * self._smallest.size(1) - self._smallest.size(2)
-
-    @cached_property
-    def _frame_bytes(self) -> int:
-        """Of a stream's state, for each frame of capacity."""
-        return self._smallest.size(2) - self._smallest.size(1)
-
-    @cached_property
-    def _smallest(self) -> FlowState:
-        return self.state(1, parts=True)
 
     def mask(self, state: FlowState, length: int, chunked: bool) -> npt.NDArray[np.bool_]:
         """Who of the next `length` frames sees whom, [1, 1, length, capacity]: everybody what is before the end of the

@@ -1,7 +1,8 @@
 """How much memory the flows of all streams may take together.
 
-A flow that runs part by part keeps keys and values for every Euler step: about 4.6 MB a frame at the official sizes,
-2.6 GB for 5 s behind a prompt of 6 s. So streams share a budget, and one that finds no room is told so at once.
+A flow that runs part by part keeps keys and values for every Euler step: about 4.6 MB a frame at the official sizes in
+float32, 2.6 GB for 5 s behind a prompt of 6 s; where an engine's caches have one capacity, all of that from the start.
+So streams share a budget (`flow_budget` of the preset), and one that finds no room is told so at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class FlowMemory:
 
 
 class Share:
-    """What one stream has taken; given back by `close`, or when nobody refers to it any more."""
+    """What one stream, or its caches while they wait for the next, has taken; given back by `close`, or when nobody
+    refers to it any more."""
 
     def __init__(self, memory: FlowMemory) -> None:
         self._memory = memory

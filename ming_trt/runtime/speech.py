@@ -255,15 +255,16 @@ def _internal(error: Exception) -> EngineError:
 
 
 def open_speech(bundle: Bundle) -> tuple[Speech, Voices]:
-    """The bundle's speech path and its voices. Raises `BundleError`, `EngineError` or `CheckpointError`."""
+    """The bundle's speech path and its voices. Raises `BundleError`, `EngineError`, `CheckpointError`, or `ConfigError`
+    for a `flow_budget` in which no stream has room."""
     threads = bundle.preset.threads
     engines = {name: open_engine(bundle, name, threads=threads, finite=outputs) for name, outputs in _ENGINES.items()}
     facts = {name: bundle.component(name).facts for name in _ENGINES}
     folder = bundle.assets / "talker"
     codec, entries = Tokenizer.from_checkpoint(folder), S3Bpe(folder / "s3_bpe")
     tokens = TalkerTokens.of(codec, int(facts["talker"]["text_vocab"]))
-    detokenizer = Detokenizer(engines, facts)
-    talker = Talker(engines["talker"], entries, tokens)
+    detokenizer = Detokenizer(engines, facts, bundle.preset.flow_budget)
+    talker = Talker(engines["talker"], entries, tokens, chunk=bundle.preset.profile.prefill_chunk)
     return Speech(talker, detokenizer, codec, entries), Voices.of_assets(bundle.assets, detokenizer.mel)
 
 

@@ -10,10 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from ming_trt.errors import CancelledError, EngineError
+from ming_trt.errors import CancelledError, EngineError, InputError
 from ming_trt.processing.s3_bpe import S3Bpe
 from ming_trt.processing.talker_prompt import TalkerPrompt, TalkerTokens
-from ming_trt.runtime.engine import Array, Arrays, Engine, OwnMemory, zeros
+from ming_trt.runtime.engine import Array, Arrays, Engine, OwnMemory, place, zeros
 from ming_trt.runtime.kv_cache import KVCache
 
 TOP_K = 20
@@ -30,6 +30,11 @@ SILENCE = (0, 0, 0)
 def never() -> bool:
     """For what cannot be cancelled."""
     return False
+
+
+def _check(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise CancelledError("the talker was stopped: its client cancelled the request")
 
 
 def choose(logits: Array, step: int, tokens: TalkerTokens, draws: Array) -> int:
@@ -65,12 +70,18 @@ class _Cursor:
 class Talker:
     """The `talker` engine (docs/DESIGN.md, 4.1) for any number of threads; a step at a time has the engine.
 
-    `entries` is the codec's BPE; `max_steps` bounds a generation.
+    `entries` is the codec's BPE; `max_steps` bounds a generation; a prompt is read `chunk` tokens at a time (0: at
+    once).
     """
 
-    def __init__(self, engine: Engine, entries: S3Bpe, tokens: TalkerTokens, max_steps: int = MAX_STEPS) -> None:
+    def __init__(
+        self, engine: Engine, entries: S3Bpe, tokens: TalkerTokens, max_steps: int = MAX_STEPS, chunk: int = 0
+    ) -> None:
         self.tokens = tokens
-        self._engine, self._entries, self._max_steps = engine, entries, max_steps
+        self._engine, self._entries, self._max_steps, self._chunk = engine, entries, max_steps, chunk
+        fixed = engine.inputs["past_key_0"].shape[2]
+        self._fixed = fixed if isinstance(fixed, int) else None
+        self._no_rows = np.zeros((1, self.thinker_width), engine.inputs["thinker"].dtype)
         self._lock = threading.Lock()
         self._kept = deque[KVCache](maxlen=MAX_KEPT)
         audio_ids = int(engine.outputs["logits"].shape[-1] or 0) - tokens.first_audio
@@ -94,7 +105,8 @@ class Talker:
     ) -> Iterator[list[int]]:
         """The codes of each generated id, as they come; at least one list.
 
-        `speaker` f32 [192]; `thinker` f32 [R, H] or None. Raises `CancelledError` as soon as `cancelled` is true, and
+        `speaker` f32 [192]; `thinker` f32 [R, H] or None. Raises `InputError` before any work for a prompt that leaves
+        no room for `max_steps` ids in an engine of one capacity, `CancelledError` as soon as `cancelled` is true, and
         `EngineError` where the engine fails.
         """
         cursor = self._begin(prompt, speaker, thinker)
@@ -107,11 +119,10 @@ class Talker:
         self, cursor: _Cursor, prompt: TalkerPrompt, random: np.random.Generator, cancelled: Callable[[], bool]
     ) -> Iterator[list[int]]:
         tokens, said = self.tokens, 0
-        logits = self._step(cursor, prompt.audio_ids, prompt.text_ids, prompt.speaker_index, prompt.thinker_index)
+        logits = self._read(cursor, prompt, cancelled)
         vocabulary = logits.size
         for step in range(self._max_steps):
-            if cancelled():
-                raise CancelledError("the talker was stopped: its client cancelled the request")
+            _check(cancelled)
             token = choose(logits, step, tokens, random.standard_exponential(vocabulary, np.float32))
             if token == tokens.audio_eos:
                 break
@@ -126,29 +137,47 @@ class Talker:
             yield list(SILENCE)
 
     def _begin(self, prompt: TalkerPrompt, speaker: Array, thinker: Array | None) -> _Cursor:
+        tokens, inputs = len(prompt) + self._max_steps, self._engine.inputs
+        if self._fixed is not None and tokens > self._fixed:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens for the talker and up to {self._max_steps} spoken ones do not fit "
+                f"the {self._fixed} that its engine was built for: shorten the conversation or the clip of the voice, "
+                "or raise profile.max_seq_len"
+            )
+        rows = self._no_rows
         with self._lock:
-            cache = self._kept.pop() if self._kept else self._cache(len(prompt) + self._max_steps)
+            cache = self._kept.pop() if self._kept else self._cache(tokens)
+            if thinker is not None and len(thinker):
+                rows = place(self._engine, np.ascontiguousarray(thinker, rows.dtype))
         cache.allocate()
-        rows = np.zeros((1, self.thinker_width), np.float32) if thinker is None or not len(thinker) else thinker
-        inputs = self._engine.inputs
-        return _Cursor(
-            cache,
-            np.ascontiguousarray(speaker[None], inputs["speaker"].dtype),
-            np.ascontiguousarray(rows, inputs["thinker"].dtype),
-        )
+        return _Cursor(cache, np.ascontiguousarray(speaker[None], inputs["speaker"].dtype), rows)
 
     def _cache(self, tokens: int) -> KVCache:
         """For one generation of `tokens`, or of as many as the engine holds if that is a number."""
-        fixed = self._engine.inputs["past_key_0"].shape[2]
-        limit = fixed if isinstance(fixed, int) else tokens
-        return KVCache(self._engine.inputs, 1, limit, zeros=partial(zeros, self._engine))
+        return KVCache(self._engine.inputs, 1, self._fixed or tokens, zeros=partial(zeros, self._engine))
 
     def _end(self, cursor: _Cursor) -> None:
         """Keeps a cache in the engine's memory for the next generation: captured runs belong to its address."""
-        if isinstance(self._engine, OwnMemory) and isinstance(self._engine.inputs["past_key_0"].shape[2], int):
-            with self._lock:
+        with self._lock:
+            cursor.thinker = self._no_rows
+            if isinstance(self._engine, OwnMemory) and self._fixed is not None:
                 cursor.cache.free(0)
                 self._kept.append(cursor.cache)
+
+    def _read(self, cursor: _Cursor, prompt: TalkerPrompt, cancelled: Callable[[], bool]) -> Array:
+        """Feeds the prompt, and gives the logits f32 [V] after it."""
+        count = len(prompt)
+        # room for all of it at once, rather than growing from chunk to chunk
+        cursor.cache.reserve(0, count)
+        ids = (prompt.audio_ids, prompt.text_ids, prompt.speaker_index, prompt.thinker_index)
+        for start in range(0, count, self._chunk or count):
+            _check(cancelled)
+            stop = start + (self._chunk or count)
+            logits = self._step(cursor, *(each[start:stop] for each in ids))
+        with self._lock:
+            # no later id refers to them; one shape for all requests, whose steps are then captured once
+            cursor.thinker = self._no_rows
+        return logits
 
     def _step(self, cursor: _Cursor, audio: Array, text: Array, speaker: Array, thinker: Array) -> Array:
         """Feeds ids [S] and gives the logits f32 [V] after the last of them."""

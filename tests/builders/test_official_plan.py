@@ -80,6 +80,23 @@ def test_the_gpu_preset_lists_the_checkpoint_and_what_is_served_beside_it(whole:
     assert whole.run_bytes == sum(item.size for item in whole.run_items) and not whole.problem
 
 
+def test_streams_of_speech_share_a_budget(whole: Plan) -> None:
+    """On a GPU each holds 1536 frames from the start: keys and values of an encoder and of two rows in ten steps."""
+    engines = {engine.name: engine for engine in whole.engines}
+    encoder, estimator = (engines[name].cache_bytes for name in ("flow_encoder", "flow_estimator"))
+    assert estimator > 3 << 30
+    items = {item.what: item.size for item in whole.run_items}
+    preset = presets.load("h200-fp8")
+    streams = preset.flow_budget // (encoder + estimator)
+    assert streams == 4
+    # and one utterance at a time that is decoded as a whole
+    assert items["the caches of the flow"] == streams * (encoder + estimator) + encoder + estimator // 10
+    tight = replace(presets.load("tensorrt-fp8"), flow_budget=3 << 30)
+    made = plan(OFFICIAL, tight, ("flow_encoder", "flow_estimator"))
+    assert "speech in parts holds 3.31 GiB for each stream on this target" in made.problem
+    assert "flow_budget of 3.00 GiB: raise it" in made.problem
+
+
 def test_inputs_and_profiles(whole: Plan) -> None:
     engines = {engine.name: engine for engine in whole.engines}
     assert engines["audio_encoder"].inputs == {"mel": "f32 [frames, 128]"}

@@ -134,4 +134,4 @@ def test_streams_share_the_memory(detokenizer: Detokenizer, voice: Voice, monkey
 
 def room(detokenizer: Detokenizer, frames: int) -> int:
     """Bytes of a stream with so many frames; 1 for none."""
-    return detokenizer.state(1, parts=True).size(frames) if frames else 1
+    return detokenizer.stream_bytes(frames) if frames else 1

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from ming_trt.bundle import Bundle
-from ming_trt.errors import InputError
+from ming_trt.errors import ConfigError, InputError
 from ming_trt.golden.cases import Cases
 from ming_trt.processing.s3_bpe import S3Bpe
 from ming_trt.processing.talker_prompt import TalkerTokens, talker_prompt
@@ -79,6 +79,54 @@ def test_more_than_the_caches_hold_is_refused(device: Detokenizer, voice: Voice)
     codes = np.zeros(CAPACITY, np.int64)
     with pytest.raises(InputError, match=f"the speech engines were built for {CAPACITY}: split the text"):
         device.to_mel(voice, codes, chunked=False, final=True)
+
+
+def device_bytes(decoder: Detokenizer) -> int:
+    """What is allocated on the devices of the flow's two engines."""
+    engines: tuple[Any, ...] = (decoder._encoder, decoder._estimator)
+    return sum(size for engine in engines for _, size in engine._queue.memory.values())
+
+
+def test_a_stream_counts_with_all_that_it_holds(bundle: Bundle, device: Detokenizer, voice: Voice) -> None:
+    """Caches of one capacity are there from the first frame on, and stay for the next stream: the budget knows."""
+    facts = {name: bundle.component(name).facts for name in Detokenizer.ENGINES}
+    engines = dict(
+        zip(Detokenizer.ENGINES, (device._encoder, device._estimator, device._pitch, device._vocoder), strict=True)
+    )
+    one = device.stream_bytes(1)
+    assert one == device.stream_bytes(CAPACITY)
+    before = device_bytes(device)
+    decoder = Detokenizer(engines, facts, int(1.5 * one))
+    assert device_bytes(device) == before, "nothing is taken to know how large a stream is"
+    first = decoder.stream_state(50)
+    # each array starts on 256 bytes
+    assert 0 <= device_bytes(device) - before - one < 0.02 * one
+    assert first is not None and decoder.memory.used == one and decoder.stream_state(50) is None
+    caches = first.encoder
+    del first
+    assert decoder.memory.used == one, "kept for the next"
+    again = decoder.stream_state(100)
+    assert again is not None and again.encoder is caches and decoder.memory.used == one
+    late = SeamlessStream(decoder, voice, np.random.default_rng(0))
+    codes = np.random.default_rng(0).integers(0, decoder.vocabulary, 140).tolist()
+    assert not list(late.push(codes))
+    np.testing.assert_allclose(late.finish(), spoken(device, voice, 0), atol=1e-4)
+    with pytest.raises(ConfigError, match=r"for each stream and flow_budget is .* MiB: raise it"):
+        Detokenizer(engines, facts, one - 1)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(
+    bundle: Bundle, entries: S3Bpe, cases: Cases, voice: Voice, tmp_path: Path
+) -> None:
+    engine = on_device(bundle, "talker", tmp_path, 256)
+    tokens = TalkerTokens.by_position(cases.index["talker"]["audio_offset"])
+    prompt = talker_prompt(tokens, entries.encode(voice.codes.tolist()), [1, 2, 3], [4, 5], 0)
+    steps = 256 - len(prompt) + 1
+    random = np.random.default_rng(0)
+    with pytest.raises(InputError, match=f"up to {steps} spoken ones do not fit the 256 that its engine was built for"):
+        next(Talker(engine, entries, tokens, steps).codes(prompt, voice.speaker, None, random))
+    assert engine.counts.runs == 0
+    assert next(Talker(engine, entries, tokens, steps - 1).codes(prompt, voice.speaker, None, random))
 
 
 def test_the_talker_says_the_same(
