@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,8 +88,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
         if any(counted):
             errors.append({"scenario": key[0], "load": key[1], "a": counted[0], "b": counted[1]})
         drafts += _changes(key, one[key], two[key])
-    corrected = iter(holm([draft.p for draft in drafts if draft.verdict != _FEW]))
-    changes = [draft if draft.verdict == _FEW else _judged(draft, next(corrected)) for draft in drafts]
+    told = _that_can_tell(drafts)
+    corrected = dict(zip(told, holm([drafts[i].p for i in told]), strict=True))
+    changes = [_judged(draft, corrected.get(i)) for i, draft in enumerate(drafts)]
     unmatched = [f"{name}, {load}: only in {side}" for side, own, other in (("A", one, two), ("B", two, one))
                  for name, load in own if (name, load) not in other]  # fmt: skip
     return Comparison(tuple(changes), tuple(errors), tuple(unmatched), tuple(_differences(a, b)))
@@ -113,7 +114,24 @@ def _by_load(report: Mapping[str, Any]) -> dict[_Key, Mapping[str, Any]]:
     return found
 
 
-def _changes(key: _Key, one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Change]:
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A change before its p-value is corrected: `p`, and the `least` that as many requests can have at all."""
+
+    change: Change
+    p: float
+    least: float
+
+
+def _that_can_tell(drafts: Sequence[_Draft]) -> list[int]:
+    """Those with requests enough to show a difference among so many comparisons, if there was one."""
+    told = [i for i, draft in enumerate(drafts) if draft.least < ALPHA]
+    while any(drafts[i].least * len(told) >= ALPHA for i in told):
+        told = [i for i in told if drafts[i].least * len(told) < ALPHA]
+    return told
+
+
+def _changes(key: _Key, one: Mapping[str, Any], two: Mapping[str, Any]) -> list[_Draft]:
     found = []
     sides = [[Sample.from_dict(s) for s in point["samples"] if not s["error"]] for point in (one, two)]
     chosen: list[Metric] = [metric for metric in metrics(Slo()) if metric.name in _COMPARED]
@@ -123,17 +141,20 @@ def _changes(key: _Key, one: Mapping[str, Any], two: Mapping[str, Any]) -> list[
             continue
         ratio = ratio_of_medians(a, b)
         few = min(len(a), len(b)) < LEAST
-        verdict = _FEW if few else ("faster" if (ratio.value < 1) == metric.lower_is_better else "slower")
-        p = 1.0 if few else mann_whitney(a, b)
+        verdict = "faster" if (ratio.value < 1) == metric.lower_is_better else "slower"
         scenario, load = key
-        numbers = (ratio.value, ratio.low, ratio.high, p)
-        found.append(Change(scenario, load, metric.name, metric.unit, median(a), median(b), *numbers, verdict))
+        numbers = (ratio.value, ratio.low, ratio.high, 1.0)
+        change = Change(scenario, load, metric.name, metric.unit, median(a), median(b), *numbers, verdict)
+        # no sample of these sizes differs more than one that lies above all of the other
+        least = 1.0 if few else mann_whitney(range(len(a)), range(len(a), len(a) + len(b)))
+        found.append(_Draft(change, mann_whitney(a, b), least))
     return found
 
 
-def _judged(draft: Change, p: float) -> Change:
-    values = {**asdict(draft), "p": p}
-    return Change(**(values if p < ALPHA else {**values, "verdict": "no difference"}))
+def _judged(draft: _Draft, p: float | None) -> Change:
+    if p is None:
+        return replace(draft.change, verdict=_FEW)
+    return replace(draft.change, p=p, verdict=draft.change.verdict if p < ALPHA else "no difference")
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

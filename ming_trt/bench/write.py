@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,35 +39,52 @@ def check_place(folder: Path) -> None:
         raise InputError(f"'{folder}' cannot be made ({error.strerror}): give another folder by -o") from None
 
 
-# Metrics of the terminal's table and of the last line, by name; rates by name and title.
+# Metrics of the last line, by name; those of the terminal's table, where a picture's time is its end to end; rates by
+# name and title.
 _SHOWN = ("ttft", "itl", "e2e", "ttfa", "rtf", "image")
+_ON_TERMINAL = _SHOWN[:-1]
 _RATES = {"tokens_per_s": "tokens/s", "images_per_minute": "images/min", "goodput_per_s": "goodput/s"}
 
 
 def latency_table(report: Mapping[str, Any]) -> Table:
     """Median and tail of each scenario and load; columns in which something stands."""
-    from rich.table import Table
-
-    shown = [name for name in _SHOWN if any(name in point["metrics"] for point in report["points"])]
-    rates = [name for name in _RATES if any(point["totals"][name] for point in report["points"])]
-    table = Table("scenario", box=None)
-    table.add_column("load", no_wrap=True)
-    for title in (*shown, *(_RATES[name] for name in rates)):
-        table.add_column(title, justify="right", no_wrap=True)
-    for title in ("in time", "errors", "hops"):
-        table.add_column(title, justify="right")
+    shown = [name for name in _ON_TERMINAL if any(name in point["metrics"] for point in report["points"])]
+    table = _by_load(shown)
     for point in report["points"]:
-        counted, metrics = point["totals"], point["metrics"]
-        cells = [_both(metrics[name]) if name in metrics else "-" for name in shown]
-        cells += [number(counted[name]) if counted[name] else "-" for name in rates]
-        hops = point["hops"]
-        cells += [
+        metrics = point["metrics"]
+        table.add_row(*_load(point), *(_both(metrics[name]) if name in metrics else "-" for name in shown))
+    return table
+
+
+def throughput_table(report: Mapping[str, Any]) -> Table:
+    """Rates of each scenario and load, the share within the objective, errors, and whether the hops add up."""
+    rates = [name for name in _RATES if any(point["totals"][name] for point in report["points"])]
+    table = _by_load([*(_RATES[name] for name in rates), "in time", "errors", "hops"])
+    for point in report["points"]:
+        counted, hops = point["totals"], point["hops"]
+        table.add_row(
+            *_load(point),
+            *(number(counted[name]) if counted[name] else "-" for name in rates),
             f"{100 * counted['goodput_share']:.0f} %",
             str(counted["requests"] - counted["succeeded"]),
             "-" if not hops else "add up" if hops["closes"] else f"{100 * hops['sum_ms'] / hops['total_ms']:.0f} %",
-        ]
-        table.add_row(point["scenario"], str(Load(**point["load"])), *cells)
+        )
     return table
+
+
+def _by_load(titles: Sequence[str]) -> Table:
+    """On a narrow terminal figures break into lines; nothing is left out."""
+    from rich.table import Table
+
+    table = Table("scenario", "load", box=None, padding=(0, 1, 0, 0))
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    return table
+
+
+def _load(point: Mapping[str, Any]) -> tuple[str, str]:
+    load = Load(**point["load"])
+    return point["scenario"], str(load) if load.kind == "concurrency" else f"{load.value:.3g}/s"
 
 
 def _both(metric: Mapping[str, Any]) -> str:
@@ -76,15 +93,13 @@ def _both(metric: Mapping[str, Any]) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """One row per metric and load."""
-    from rich.table import Table
-
-    table = Table("scenario", "load", "metric", box=None)
-    for title in ("A", "B", "unit", "B / A", "95 %", "p", "verdict"):
-        table.add_column(title, justify="right")
+    table = _by_load(("metric", "A", "B", "B / A (95 %)", "p", "verdict"))
     for c in comparison.changes:
-        interval = f"{c.low:.3f} to {c.high:.3f}"
-        numbers = (f"{c.a:.4g}", f"{c.b:.4g}", c.unit, f"{c.ratio:.3f}", interval, f"{c.p:.2g}")
-        table.add_row(c.scenario, c.load, c.metric, *numbers, c.verdict)
+        metric = c.metric.removesuffix("_tokens_per_s")
+        ratio = f"{c.ratio:.2f} ({c.low:.2f} to {c.high:.2f})"
+        table.add_row(
+            c.scenario, c.load, f"{metric}, {c.unit}", f"{c.a:.4g}", f"{c.b:.4g}", ratio, f"{c.p:.2g}", c.verdict
+        )
     return table
 
 

@@ -59,7 +59,7 @@ def command(
         raise InputError("the report needs a place: give -o FOLDER")
     from ming_trt.bench.metrics import Slo
     from ming_trt.bench.run import Options, run
-    from ming_trt.bench.write import check_place, latency_table, summary, write
+    from ming_trt.bench.write import check_place, latency_table, summary, throughput_table, write
     from ming_trt.cli.output import console
 
     options = Options(
@@ -84,9 +84,11 @@ def command(
     report = run(options, lambda line: typer.echo(line, err=True))
     files = write(report, output)
     out = console()
+    out.print("median / 95th percentile in milliseconds (rtf: s/s)")
     out.print(latency_table(report))
-    skipped = "; ".join(f"{name}: {why}" for name, why in report["skipped"].items())
-    out.print(f"\nmedian / 95th percentile in milliseconds (rtf: s/s); {skipped or 'nothing was left out'}")
+    out.print(throughput_table(report))
+    for name, why in report["skipped"].items():
+        out.print(f"not measured: {name}, {why}")
     if report["stopped"]:
         out.print(f"the measurement ended early: {report['stopped']}")
     out.print(f"report: {files[1]}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ming_trt import cli
@@ -21,7 +23,7 @@ from ming_trt.bench.compare import compare, read_report
 from ming_trt.bench.html import table
 from ming_trt.bench.page import page
 from ming_trt.bench.run import Options, run
-from ming_trt.bench.write import write
+from ming_trt.bench.write import comparison_table, latency_table, throughput_table, write
 from ming_trt.errors import InputError
 
 from .fake_server import Delays, FakeServer
@@ -240,11 +242,37 @@ def test_compare_says_what_else_changed(report: dict[str, Any]) -> None:
         compare(report, {**other, "points": []})
 
 
+def test_tables_fit_a_narrow_terminal(report: dict[str, Any]) -> None:
+    """Nothing is cut off at 80 columns: what does not fit is broken into lines."""
+    comparison = compare(spread(report), shifted(spread(report), 1.5))
+    for made, words in (
+        (latency_table(report), ("scenario", "ttft", "e2e")),
+        (throughput_table(report), ("scenario", "in time", "errors", "hops", "add up")),
+        (comparison_table(comparison), ("scenario", "ttft, ms", "verdict", "slower")),
+    ):
+        text = io.StringIO()
+        Console(file=text, width=80).print(made)
+        assert "…" not in text.getvalue()
+        for word in (*words, "1 at once", "text", "image"):
+            assert word in text.getvalue(), (word, text.getvalue())
+
+
 def test_few_requests_have_no_verdict(report: dict[str, Any]) -> None:
     few = copy.deepcopy(report)
     for point in few["points"]:
         point["samples"] = [sample for sample in point["samples"] if not sample["error"]][:3]
     assert {c.verdict for c in compare(few, shifted(few, 3)).changes} == {"too few requests"}
+
+
+def test_requests_that_cannot_show_a_difference_are_too_few(report: dict[str, Any]) -> None:
+    """Six on each side are enough for one comparison and not for dozens: no verdict, instead of "no difference"."""
+    six = spread(report, 6)
+    many = compare(six, shifted(six, 3)).changes
+    assert len(many) > 10 and {c.verdict for c in many} == {"too few requests"}
+    alone = copy.deepcopy(six)
+    alone["points"] = alone["points"][:1]
+    found = {c.metric: c.verdict for c in compare(alone, shifted(alone, 3)).changes}
+    assert found["ttft"] == "slower" and found["itl"] == "no difference"
 
 
 def test_reports_are_checked(tmp_path: Path) -> None:
