@@ -6,7 +6,7 @@ The gate (`builders/verify.py`) says whether an engine may be served; this says 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ def _audit(
         from builders.tensorrt_audit import audit_graph
 
         gate, linears, note = audit_graph(component, config, checkpoint, entry, thresholds, memory_limit)
+        gate = _run_plan(bundle, component, config, checkpoint, gate, memory_limit)
         origin = _provenance(bundle, checkpoint, component, config)
         return Audit(name, gate, linears, (), "; ".join(filter(None, (gate.reason, note, origin))))
     report = verify_component(
@@ -137,6 +138,29 @@ def _audit(
     if determinism and report.outputs:
         repetitions = tuple(_repeat(component, config, model, entry.inputs, entry.outputs))
     return Audit(name, report, found, repetitions, _provenance(bundle, checkpoint, component, config))
+
+
+def _run_plan(
+    bundle: Bundle,
+    component: Component,
+    config: MingConfig,
+    checkpoint: Checkpoint,
+    graph: ComponentReport,
+    memory_limit: int,
+) -> ComponentReport:
+    """The gate's report of the plan itself where it can run; that of its graph elsewhere, and if the graph fails."""
+    from builders.tensorrt_gate import gate, runs_here
+
+    entry = bundle.component(component.name)
+    if graph.verdict == FAILED or not runs_here(entry.target):
+        return graph
+    preset = replace(bundle.preset, target=entry.target)
+    facts = {**entry.facts, "model": entry.model, "inputs": entry.inputs, "outputs": entry.outputs}
+    folder = bundle.model_path(component.name).parent
+    ran = gate(component, config, checkpoint, folder, preset, facts, memory_limit)
+    if not ran.outputs:
+        return ran
+    return replace(ran, reason="the plan ran here; layers are of its graph in ONNX Runtime")
 
 
 def _audit_checkpoint(bundle: Bundle, config: MingConfig, checkpoint: Checkpoint) -> Audit:

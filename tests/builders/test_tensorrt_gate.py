@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
 
-from builders import tensorrt_gate
+from builders import audit, tensorrt_audit, tensorrt_gate
 from builders.component import ExportOptions
 from builders.registry import component
 from builders.tensorrt import PLAN_FILE
 from builders.tensorrt_gate import as_reference, gate, run_sample
+from builders.verify import ComponentReport, OutputReport
 from ming_trt import presets
-from ming_trt.bundle import FAILED, NOT_RUN, PASSED
+from ming_trt.bundle import FAILED, NOT_RUN, PASSED, Bundle
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import load_config
 from ming_trt.errors import EngineError
+from ming_trt.models.weights import source_names
 from ming_trt.runtime.device import Range
 from ming_trt.runtime.engine import TensorSpec
 from tests.conftest import GENERATION
@@ -93,6 +96,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, {**component(NAME).export(load_config(checkpoint), Checkpoint(checkpoint), folder, ExportOptions())}
 
 
+def report_of_graph() -> tuple[OutputReport, ...]:
+    return (OutputReport("f0", 1, 0.0, 0.0, 1.0, 99.0, PASSED),)
+
+
 @pytest.mark.parametrize(("fault", "verdict"), [(0.0, PASSED), (0.1, FAILED)])
 def test_the_verdict_is_of_the_plan_that_ran(
     fault: float,
@@ -114,6 +121,23 @@ def test_the_verdict_is_of_the_plan_that_ran(
     arguments = (made, config, Checkpoint(checkpoint), tmp_path, preset, facts)
     assert gate(*arguments).verdict == NOT_RUN
 
+    class Plans:
+        """A bundle with this plan."""
+
+        path, preset = tmp_path, presets.load("rtx")
+
+        def component(self, name: str) -> Any:
+            entry = tensorrt_gate.entry_of(name, preset, facts)
+            return replace(entry, weights=Checkpoint(checkpoint).digest(source_names(made.sources(config))))
+
+        def model_path(self, name: str) -> Path:
+            return tmp_path / PLAN_FILE
+
+    graph = ComponentReport(NOT_RUN, report_of_graph(), preset.thresholds(NAME), "of its graph")
+    monkeypatch.setattr(tensorrt_audit, "audit_graph", lambda *_: (graph, (), "calibrated"))
+    verify = (cast(Bundle, Plans()), config, Checkpoint(checkpoint), NAME, False, False, 0)
+    assert audit._audit(*verify).gate is graph, "nothing runs plans here"
+
     monkeypatch.setattr(tensorrt_gate.tensorrt, "unavailable", lambda target: "")
     monkeypatch.setattr(tensorrt_gate.tensorrt, "library", lambda target: None)
     opened = []
@@ -128,5 +152,10 @@ def test_the_verdict_is_of_the_plan_that_ran(
     assert report.verdict == verdict and [each.name for each in report.outputs] == ["f0"]
     with pytest.raises(EngineError, match="closed"):
         opened[0].run({})
+    found = audit._audit(*verify)
+    assert found.gate.verdict == verdict and found.gate.outputs == report.outputs
+    assert found.note == "the plan ran here; layers are of its graph in ONNX Runtime; calibrated"
     (tmp_path / PLAN_FILE).write_bytes(b"not a model")
     assert gate(*arguments).verdict == FAILED
+    broken = audit._audit(*verify)
+    assert broken.gate.verdict == FAILED and not broken.gate.outputs and PLAN_FILE in broken.gate.reason
