@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import HERE, RESULTS, host_id
-from suite import disturbed, ratio_plot, titled
+from suite_page import disturbed, ratio_plot, titled
 
 README, PICTURE = HERE.parent / "README.md", HERE.parent / "docs" / "images" / "benchmarks.svg"
 BEGIN, END = "<!-- measured: benchmarks/readme.py writes this -->", "<!-- /measured -->"

@@ -88,7 +88,7 @@ def test_failures_are_named_and_the_others_still_run(
     together = suite.run_all(["good", "bad"], collecting)
     assert "measured alone" in together["results"][0]["note"]
     assert together["failures"] == {"bad": "it has not been measured"}
-    assert "put together from single runs" in suite.page({**MERGED, **together})
+    assert "put together from single runs" in scripts("suite_page").page({**MERGED, **together})
 
 
 def test_a_killed_suite_goes_on_where_it_was(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,24 @@ def test_journal_is_of_its_options(scripts: Any, tmp_path: Path) -> None:
     assert suite.Journal(tmp_path / "j", [["b"], 15.0]).done == {}
 
 
+def test_a_disk_that_is_too_small_is_told_at_once(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = scripts("suite")
+    monkeypatch.setattr(suite, "CACHE", tmp_path)
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "model.onnx").write_bytes(b"x" * 1000)
+    free = suite.shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(suite.shutil, "disk_usage", lambda path: argparse.Namespace(free=free))
+    monkeypatch.setattr(suite, "_DISK_BYTES", free + 1000)
+    suite._check_disk()
+    monkeypatch.setattr(suite, "_DISK_BYTES", free + 10**9)
+    with pytest.raises(SystemExit, match=r"GB left and .* need .* GB: free some"):
+        suite._check_disk()
+
+
 def test_page_of_results(scripts: Any) -> None:
-    text = scripts("suite").page(MERGED)
+    text = scripts("suite_page").page(MERGED)
     assert "&lt;decode&gt;" in text and "<decode>" not in text
     for words in (
         "reached",
@@ -150,11 +166,11 @@ def test_page_of_results(scripts: Any) -> None:
 
 
 def test_a_busy_machine_is_told(scripts: Any) -> None:
-    suite, readme = scripts("suite"), scripts("readme")
-    assert suite.disturbed(MERGED) == "" and "not quiet" not in readme.section(MERGED, readme.RESULTS / "h.json")
+    written, readme = scripts("suite_page"), scripts("readme")
+    assert written.disturbed(MERGED) == "" and "not quiet" not in readme.section(MERGED, readme.RESULTS / "h.json")
     busy = {**MERGED, "results": [RESULT, {**RESULT, "environment": {"load_average": [5.2, 4.0, 4.0]}}]}
     told = "The machine was not quiet: load average 2.9 to 5.2 with 2 cores"
-    assert told in suite.page(busy) and told in readme.section(busy, readme.RESULTS / "h.json")
+    assert told in written.page(busy) and told in readme.section(busy, readme.RESULTS / "h.json")
 
 
 def test_readme_table_and_picture(scripts: Any) -> None:
