@@ -81,7 +81,7 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file. Raises `ConfigError` if it is missing or is not JSON."""
     try:
         return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"no {file.name} in '{file.parent}': give the folder of a Ming-lite-omni checkpoint"
         ) from None

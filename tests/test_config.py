@@ -119,6 +119,8 @@ def test_refusals(tmp_path: Path, change: Change, message: str) -> None:
 def test_missing_and_malformed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"no config\.json in '/dev/null'"):
+        load_config(Path("/dev/null"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         load_config(tmp_path)

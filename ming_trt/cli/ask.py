@@ -103,6 +103,8 @@ def command(
                 if sound is not None and delta.audio:
                     sound.write(delta.audio, delta.sample_rate)
                 _print(delta, json)
+            if draw is None and not json:
+                typer.echo()  # the line of the text ends, whatever comes
             if sound is not None:
                 _finish_sound(sound)
             _print_end(answer, sound, json)
@@ -129,7 +131,6 @@ def _print_end(answer: Answer, sound: SoundFile | None, json: bool) -> None:
         steps, seed = answer.picture["steps"], answer.picture["seed"]
         typer.echo(f"{given} ({of}), {steps} steps, seed {seed}, {answer.seconds:.1f} s", err=True)
         return
-    typer.echo()
     if answer.finish_reason == "length":
         typer.echo("(cut at --max-tokens, or the context is full)", err=True)
     if sound is not None:
