@@ -88,7 +88,7 @@ class Answer:
         self._call = client._stream(request)
         self._deltas = self._read()
         if lease_s > 0:
-            threading.Thread(target=self._renew, args=(lease_s,), name=f"lease-{request_id}", daemon=True).start()
+            client._leases.add(self, lease_s)
 
     def __iter__(self) -> Iterator[Delta]:
         return self._deltas
@@ -223,18 +223,22 @@ class Answer:
             return ServeError(self._lost)
         return self._client._explain(error)
 
-    def _renew(self, lease_s: float) -> None:
-        while not self._ended.wait(lease_s / 3) and not self._client.closed:
-            try:
-                reply = self._client.control("renew", self.id, lease_s)
-            except MingError:
-                continue  # the stream itself reports a server that is gone
-            if self._heard_s > self._told_s:
-                self._tell()
-            if reply.get("lost") and not self._ended.is_set():
-                self._lost = f"the server lost request '{self.id}', since its model '{reply['lost']}' died: ask again"
-                self._call.cancel()
-                return
+    @property
+    def ended(self) -> bool:
+        """Whether nobody reads this answer any more."""
+        return self._ended.is_set()
+
+    def renew(self, lease_s: float) -> None:
+        """Tells the server that this answer is still wanted, and looks whether it still works on it (`leases.py`)."""
+        try:
+            reply = self._client.control("renew", self.id, lease_s)
+        except MingError:
+            return  # the stream itself reports a server that is gone
+        if self._heard_s > self._told_s:
+            self._tell()
+        if reply.get("lost") and not self.ended:
+            self._lost = f"the server lost request '{self.id}', since its model '{reply['lost']}' died: ask again"
+            self._call.cancel()
 
 
 def server_error(message: str) -> MingError:

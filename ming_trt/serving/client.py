@@ -24,6 +24,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from ming_trt.errors import InputError, MingError, ServeError
 from ming_trt.serving.answer import Answer, server_error
 from ming_trt.serving.graph import ENSEMBLE
+from ming_trt.serving.leases import Leases
 from ming_trt.serving.local_memory import Region, is_local, share
 from ming_trt.serving.wire import infer_request, json_object, raw_tensors
 
@@ -53,8 +54,8 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.removeprefix("grpc://")
         self._channel = grpc.insecure_channel(self.url, options=_OPTIONS)
-        self.closed = False
         self._draining: list[threading.Thread] = []
+        self._leases = Leases()
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stream = self._channel.unary_stream(
             _STREAM,
@@ -66,7 +67,7 @@ class Client:
         """Ends the connection, and with it the answers that still stream."""
         for thread in self._draining:
             thread.join(_CLOSE_TIMEOUT_S)
-        self.closed = True
+        self._leases.close()
         self._channel.close()
 
     def __enter__(self) -> Client:
