@@ -99,6 +99,7 @@ class Handle:
         self.request_id = request_id
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._cancelled = threading.Event()
+        self._dealt_with = threading.Event()
         self._ahead: Event | None = None
         self._ended = False
 
@@ -115,11 +116,18 @@ class Handle:
         """Used by the LLM's worker."""
         self._events.put(event)
 
+    def wait_for_reader(self, seconds: float) -> bool:
+        """Used by the LLM's worker: until the reader has dealt with the first tokens and wants more, or that long.
+        Whether it has."""
+        return self._dealt_with.wait(seconds)
+
     def __iter__(self) -> Iterator[Event]:
         while not self._ended:
             event = self._next()
             self._ended = isinstance(event, FinishEvent | ErrorEvent)
             yield event
+            if not isinstance(event, HiddenEvent) and not self._dealt_with.is_set():
+                self._dealt_with.set()
 
     def _next(self) -> Event:
         """The next event, with the tokens that wait behind it if it is of tokens. What was read too far stays here."""

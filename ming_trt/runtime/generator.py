@@ -33,6 +33,9 @@ P = ParamSpec("P")
 
 # A step of the engine cannot be interrupted; closing waits this long for the one that runs.
 _JOIN_SECONDS = 60.0
+# How long an answer's first token may hold up the next step. Its reader needs the interpreter, which this thread keeps
+# until the engine runs, and then a core, of which the engine leaves none: without the pause it waits 3 ms to be sent.
+_FIRST_TOKEN_SECONDS = 0.002
 
 
 class LLM(Front):
@@ -140,6 +143,7 @@ class LLM(Front):
                 raise _not_finite(sequence, "hidden")
             sequence.handle.put(HiddenEvent(sequence.wanted, hidden, embeds))
         self._accept(sequence, logits)
+        sequence.handle.wait_for_reader(_FIRST_TOKEN_SECONDS)
 
     def _decode(self, rows: list[Sequence]) -> None:
         count = len(rows)

@@ -427,3 +427,15 @@ def test_any_mix_of_requests_gets_the_tokens_of_each_alone(tiny_engine: Engine, 
         for i, handle in enumerate(handles):
             if i != cancelled:
                 assert handle.result()[0] == tiny_llm.greedy(prompts[i], lengths[i])
+
+
+def test_the_engine_waits_for_a_reader_to_deal_with_the_first_token_only() -> None:
+    handle = Handle("x")
+    handle.put(HiddenEvent(np.zeros(0), np.zeros(0), np.zeros(0)))
+    handle.put(TokenEvent((1,), 0))
+    events = iter(handle)
+    assert isinstance(next(events), HiddenEvent) and not handle.wait_for_reader(0.0)
+    assert isinstance(next(events), TokenEvent) and not handle.wait_for_reader(0.0), "it may be sending it"
+    handle.put(TokenEvent((2,), 1))
+    next(events)
+    assert handle.wait_for_reader(0.0)

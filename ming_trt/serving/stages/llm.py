@@ -53,9 +53,7 @@ class LLMStage(Stage):
             try:
                 given = inputs(request)
                 task = Task.of(given)
-                # First of all: what follows is done while the engine reads the prompt.
                 events = self._begin(task, given)
-                self.presence.enter(task.id, self.name)
                 name = f"stream-{task.id}"
                 threading.Thread(target=self._answer, args=(stream, task, events), name=name, daemon=True).start()
             except Exception as error:  # noqa: BLE001 - the client must hear of it
@@ -75,6 +73,7 @@ class LLMStage(Stage):
         """Sends the events of one request. Whatever happens, the final flag goes out: without it the client waits."""
         failed = True
         try:
+            self.presence.enter(task.id, self.name)
             for event in events:
                 arrays = task.outputs(event)
                 if arrays:
