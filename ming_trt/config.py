@@ -342,16 +342,26 @@ def _tokens(section: Section, folder: Path) -> TokenIds:
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
-    """Text -> id of the added tokens, from `tokenizer.json`, else `tokenizer_config.json`, else empty."""
-    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+    """Text -> id of the added tokens; `tokenizer.json` counts more than `tokenizer_config.json`, and that more than
+    `added_tokens.json`. Empty where there is none of them."""
+    found: dict[str, int] = {}
+    for name, key in (
+        ("added_tokens.json", None),
+        ("tokenizer_config.json", "added_tokens_decoder"),
+        ("tokenizer.json", "added_tokens"),
+    ):
         file = folder / name
         if not file.exists():
             continue
         values = read_json(file)
         try:
+            if key is None:
+                found |= {str(text): int(number) for text, number in values.items()}
+                continue
             added = values.get(key) or {}
             numbered = added.items() if isinstance(added, Mapping) else [(token["id"], token) for token in added]
-            return {str(token["content"]): int(number) for number, token in numbered}
+            found |= {str(token["content"]): int(number) for number, token in numbered}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"'{key}' in '{file}' is malformed ({error!r}): download the file again") from None
-    return {}
+            what = f"'{key}' in '{file}'" if key else f"'{file}'"
+            raise ConfigError(f"{what} is malformed ({error!r}): download the file again") from None
+    return found

@@ -52,6 +52,18 @@ def test_token_ids_from_tokenizer_and_configuration(tmp_path: Path) -> None:
     assert (tokens.audio_patch, tokens.audio_start, tokens.audio_end) == (300, 302, 279)
 
 
+def test_token_ids_from_the_list_of_older_files(tmp_path: Path) -> None:
+    """`vocab.json` and `merges.txt` come with this one."""
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<audioPatch>": 311, "<audio>": 312}))
+    tokens = loaded(tmp_path).tokens
+    assert (tokens.audio_patch, tokens.audio_start, tokens.audio_end) == (311, 312, 279)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"310": {"content": "<audioPatch>"}}})
+    )
+    tokens = loaded(tmp_path).tokens
+    assert (tokens.audio_patch, tokens.audio_start) == (310, 312)
+
+
 def test_token_ids_from_tokenizer_config(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {"310": {"content": "<audioPatch>"}}})
@@ -136,6 +148,7 @@ def test_missing_and_malformed(tmp_path: Path) -> None:
         ("tokenizer.json", {"added_tokens": [{"x": 1}]}),
         ("tokenizer.json", [1]),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<image>"}}}),
+        ("added_tokens.json", {"<image>": "x"}),
     ],
 )
 def test_malformed_tokenizer_file(tmp_path: Path, name: str, content: Any) -> None:
