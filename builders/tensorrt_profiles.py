@@ -13,6 +13,7 @@ from typing import Any
 from ming_trt.errors import BuildError
 from ming_trt.presets import Profile
 from ming_trt.processing.image_size import BUCKETS
+from ming_trt.runtime import vision_runs
 from ming_trt.runtime.talker import MAX_STEPS
 
 # smallest, typical and largest size of an axis
@@ -62,13 +63,23 @@ def _clip(low: int, typical: int, high: int) -> Range:
     return (low, min(max(low, typical), high), high)
 
 
+# Name, and most frames of a run. Each takes frames as long as the fewest that the one before does not take can be.
+_FRAMES = (("pictures", 4), ("videos", 16), ("long videos", 64), ("small pictures", vision_runs.FRAMES))
+
+
 def _vision(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
+    """Frames are padded to the longest, so what a profile allows is F * L places: few long ones or many short ones.
+
+    A run has no more places than a request may have patches (`runtime/vision_runs.py`); together they take them all.
+    """
     patches = _CELL * p.max_image_tokens
     shared = {"N": _clip(_CELL, 4096, patches), "W": _clip(1, 64, patches // _CELL)}
-    # Groups are padded to the longest: what a profile allows is F * L places, so few long ones or many short ones.
-    pictures = {"F": _clip(1, 1, 4), "L": _clip(_CELL, 4096, patches)}
-    videos = {"F": _clip(1, 16, max(4, patches // 256)), "L": _clip(_CELL, 1024, max(256, patches // 16))}
-    return [Phase("pictures", shared | pictures), Phase("videos", shared | videos)]
+    found, fewest = [], 1
+    for name, most in _FRAMES:
+        length = _clip(_CELL, 4 * 4096 // most, patches // fewest)
+        found.append(Phase(name, {**shared, "F": _clip(1, most if found else 1, most), "L": length}))
+        fewest = most + 1
+    return found
 
 
 def _audio(p: Profile, facts: Mapping[str, Any]) -> list[Phase]:

@@ -5,8 +5,6 @@ Every stage is one model of the server and one call of the in-process pipeline; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,13 +19,10 @@ from ming_trt.runtime.engine import Engine, open_engine
 from ming_trt.runtime.front import Front
 from ming_trt.runtime.generator import LLM
 from ming_trt.runtime.sequence import LLMOptions
+from ming_trt.runtime.vision_runs import PLACES, runs
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
-
-# One run of the vision engine takes whole pictures up to this many patches (or one larger picture): results do not
-# depend on it, since no picture sees another, but working memory does.
-_PATCHES_PER_RUN = 4096
 
 
 class VisionEncoder:
@@ -55,8 +50,10 @@ class VisionEncoder:
                 f"the images and videos make {rows} tokens and the limit is {self._max_tokens}: send fewer or smaller "
                 "ones, or build with a larger profile.max_image_tokens"
             )
+        # an engine of a small limit has no room for more places than that, be it for padding
+        places = PLACES if self._max_tokens is None else min(PLACES, self._max_tokens * merge**2)
         parts = [np.zeros((0, hidden), np.float32)]
-        for first, stop in _groups(patches, _PATCHES_PER_RUN):
+        for first, stop in runs(image_grid.astype(np.int64), places):
             start, end = int(patches[:first].sum()), int(patches[:stop].sum())
             indices = vision_indices(image_grid[first:stop], self._config.vision)
             parts.append(self._engine.run({"patches": pixel_values[start:end], **indices}, ["rows"])["rows"])
@@ -153,15 +150,3 @@ def open_processor(bundle: Bundle) -> Processor:
 
 def _open_encoder(bundle: Bundle, component: str) -> Engine:
     return open_engine(bundle, component, threads=bundle.preset.threads, finite=["rows"], shrink_memory=True)
-
-
-def _groups(sizes: npt.NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges (first, stop) of neighbours whose sizes add up to `limit` at most, or of one alone."""
-    first, total = 0, 0
-    for i, size in enumerate(sizes.tolist()):
-        if i > first and total + size > limit:
-            yield first, i
-            first, total = i, 0
-        total += size
-    if len(sizes):
-        yield first, len(sizes)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from builders import registry
 from builders.component import ExportOptions
@@ -14,6 +17,7 @@ from builders.verify import sample
 from ming_trt.checkpoint import Checkpoint
 from ming_trt.config import load_config
 from ming_trt.presets import Profile
+from ming_trt.runtime.vision_runs import PLACES, runs
 from tests.conftest import GENERATION, UNDERSTANDING
 from tests.profiles import in_a_profile
 
@@ -43,6 +47,29 @@ def test_the_sample_of_the_gate_fits(name: str, profile: Profile) -> None:
         for each, sizes in feeds.items()
     }
     assert in_a_profile(ways, fixed, shapes, feeds) or in_a_profile(ways, fixed, shapes, alone), name
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([64, 1000, 8192]),
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=30),
+)
+@example(8192, [(8, 24, 32)])  # 16 frames of a common size: 8 pairs of 3072 patches
+@example(8192, [(1, 1, 1)] * 29 + [(1, 45, 45)])  # one large picture behind many small ones
+@example(8192, [(64, 8, 16)])
+def test_all_pictures_and_videos_of_a_request_fit(tokens: int, cells: list[tuple[int, int, int]]) -> None:
+    """Merge cells of any number and size, up to the limit of the preset."""
+    ways = phases("vision_encoder", Profile(max_image_tokens=tokens), {})
+    sizes = np.array([t * h * w for t, h, w in cells])
+    kept = np.cumsum(sizes) <= tokens
+    grids = np.array([(t, 2 * h, 2 * w) for t, h, w in cells])[kept]
+    found = list(runs(grids, min(PLACES, 4 * tokens)))
+    assert [i for first, stop in found for i in range(first, stop)] == list(range(len(grids)))
+    for first, stop in found:
+        frames, length = int(grids[first:stop, 0].sum()), int(grids[first:stop, 1:].prod(axis=1).max())
+        assert stop == first + 1 or frames * length <= PLACES
+        run = {"N": int(grids[first:stop].prod(axis=1).sum()), "F": frames, "L": length}
+        assert any(all(way.sizes[s][0] <= size <= way.sizes[s][2] for s, size in run.items()) for way in ways), run
 
 
 def test_the_estimator_takes_both_rows_of_guidance_whatever_the_slots() -> None:

@@ -193,7 +193,7 @@ def test_rows_do_not_depend_on_how_pictures_are_grouped(
 ) -> None:
     pixels, grid = cases.array("vision.pair.pixel_values"), cases.array("vision.pair.grid_thw")
     cases.check("vision.pair.embeds", vision(pixels, grid))
-    monkeypatch.setattr("ming_trt.runtime.stages._PATCHES_PER_RUN", 1)
+    monkeypatch.setattr("ming_trt.runtime.stages.PLACES", 1)
     cases.check("vision.pair.embeds", vision(pixels, grid))
 
 
