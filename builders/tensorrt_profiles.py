@@ -74,7 +74,8 @@ def _vision(p: Profile, _: Mapping[str, Any]) -> list[Phase]:
     """
     patches = _CELL * p.max_image_tokens
     shared = {"N": _clip(_CELL, 4096, patches), "W": _clip(1, 64, patches // _CELL)}
-    found, fewest = [], 1
+    found: list[Phase] = []
+    fewest = 1
     for name, most in _FRAMES:
         length = _clip(_CELL, 4 * 4096 // most, patches // fewest)
         found.append(Phase(name, {**shared, "F": _clip(1, most if found else 1, most), "L": length}))
