@@ -16,6 +16,8 @@ import torch
 from builders.tensors import Array
 
 BLOCKS = (128, 64, 32, 16)
+# Weights that are quantised at a time.
+_PART = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,19 @@ def quantize_blocks(matrix: Array, bits: int, block: int) -> tuple[Array, Array]
     The value of a block that is largest in magnitude becomes the code farthest from zero, -2^(bits-1), so scales may be
     negative.
     """
+    rows, width = matrix.shape
+    count = -(-width // block)
+    codes, scales = np.empty((rows, count, block * bits // 8), np.uint8), np.empty((rows, count), np.float32)
+    # a part at a time stays in the processor's cache; intermediate arrays of a whole matrix are new memory every time
+    step = max(1, _PART // width)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes[part], scales[part] = _quantize(_blocks(matrix[part], block), bits)
+    return codes, scales
+
+
+def _quantize(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     zero = 1 << (bits - 1)
-    blocks = _blocks(matrix, block)
     high, low = blocks.amax(dim=-1), blocks.amin(dim=-1)
     scales = torch.where(-low > high, low, high) / -float(zero)
     # a block of zeros has the scale 0: any code is right, take the zero point
@@ -78,7 +91,7 @@ def quantize_blocks(matrix: Array, bits: int, block: int) -> tuple[Array, Array]
     codes = (blocks * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.numpy(), scales.numpy()
+    return codes, scales
 
 
 def dequantized(codes: Array, scales: Array, bits: int, width: int) -> Array:
