@@ -1,6 +1,6 @@
 """Speech at true width with few layers: time to first audio, real-time factor, and flow + vocoder against torch.
 
-    python benchmarks/speech.py [--threads N] [--seconds S] [--steps N]
+    python benchmarks/speech.py [--threads N] [--seconds S] [--steps N] [--requests N]
 
 All sides run the same runtime (prompt, sampling, chunks, queues); only what computes a step differs: the engines of
 preset cpu-int8 on ONNX Runtime (the flow's estimator in 8 bits, the rest in float32), all of them in float32, or the
@@ -74,6 +74,7 @@ def main() -> None:
     options = arguments(
         str(__doc__),
         steps={"type": int, "default": 90, "help": "ids that the talker makes for an utterance"},
+        requests={"type": int, "default": max(CONCURRENT), "help": "at most so many at once"},
     )
     threads = cores(options.threads)
     torch.set_num_threads(threads)
@@ -94,7 +95,7 @@ def main() -> None:
         rows = flow_and_vocoder(sides, facts, voice, options.seconds, 0 if options.tiny else TARGET)
         with patch.object(talker_runtime, "MIN_STEPS", steps):  # all utterances get equally long
             speakers = {name: speaker(sides[name], decoders[name], bundle, facts, steps) for name in (OURS, EAGER)}
-            rows += concurrent(speakers, voice)
+            rows += concurrent(speakers, voice, options.requests)
     finish("speech", rows, options, ceiling, "" if options.tiny else f"RTF: seconds for a second of audio; {_DEPTHS}")
 
 
@@ -309,10 +310,10 @@ def speaker(
     return Speech(Talker(engines["talker"], entries, tokens, max_steps=steps), decoder, codec, entries)
 
 
-def concurrent(speakers: Mapping[str, Speech], voice: Voice) -> list[Row]:
+def concurrent(speakers: Mapping[str, Speech], voice: Voice, most: int) -> list[Row]:
     """Talker, flow and vocoder for several requests at once: the time to the first audio and until all is there."""
     rows = []
-    for count in CONCURRENT:
+    for count in (number for number in CONCURRENT if number <= most):
         loads = {name: Load(speech, voice, count) for name, speech in speakers.items()}
         for turn in range(ROUNDS):
             for load in list(loads.values())[:: -1 if turn % 2 else 1]:

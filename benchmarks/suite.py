@@ -52,7 +52,7 @@ BENCHMARKS = {
     "batch_scaling": Share(20, 120),
     "vision": Share(20, 180),
     "audio": Share(20, 240),
-    "speech": Share(10, 240, ("--steps", "30")),
+    "speech": Share(10, 240, ("--steps", "30", "--requests", "2")),
     "image": Share(10, 300, ("--no-compile", "--steps", "1")),
     "llama_peer": Share(30, 180),
 }
