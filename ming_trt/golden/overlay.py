@@ -7,6 +7,7 @@ they are linked under names of their own and an index is written that says which
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def _root_tensors(folder: Path) -> dict[str, Path]:
 
 
 def _others(folder: Path, shards: set[Path]) -> Iterator[Path]:
-    """Every other file, relative to `folder`."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in shards and path != folder / _INDEX:
-            yield path.relative_to(folder)
+    """Every other file, relative to `folder`; folders may be links."""
+    for root, _, names in os.walk(folder, followlinks=True):
+        for path in (Path(root) / name for name in sorted(names)):
+            if path not in shards and path != folder / _INDEX:
+                yield path.relative_to(folder)

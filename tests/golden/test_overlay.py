@@ -31,6 +31,14 @@ def test_same_shard_name_different_tensors_and_the_later_wins(tmp_path: Path) ->
     assert (merged / "vae" / "x.json").exists() and (merged / "talker" / "x.json").exists()
 
 
+def test_folders_may_be_links(tmp_path: Path) -> None:
+    a, b = (make(tmp_path / name, {f"{name}.w": 1}, name, f"part_{name}") for name in "ab")
+    (tmp_path / "elsewhere").mkdir()
+    (b / "part_b").rename(tmp_path / "elsewhere" / "part_b")
+    (b / "part_b").symlink_to(tmp_path / "elsewhere" / "part_b")
+    assert (overlay([a, b], tmp_path / "m") / "part_b" / "x.json").read_text() == "part_b"
+
+
 def test_a_single_folder_is_used_as_it_is(tmp_path: Path) -> None:
     a = make(tmp_path / "a", {"w": 1}, "", "vae")
     assert overlay([a], tmp_path / "m") == a and not (tmp_path / "m").exists()
