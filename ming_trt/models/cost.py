@@ -6,11 +6,13 @@ prefill not faster than its products can be multiplied. Counted are matrix produ
 norms, activations, softmax, rotations, and what an implementation reads twice or writes in between.
 
 Numbers are floats: with few tokens in a step the experts that are read are an expectation (see `distinct_experts`).
+
+Here are the language model and the two encoders; the picture path is in `cost_image.py`, speech in `cost_speech.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ming_trt.config import AudioConfig, LLMConfig, VisionConfig
@@ -63,6 +65,11 @@ class Cost:
             groups[group] = groups.get(group, 0.0) + count
         return Cost(self.flops + other.flops, groups, self.cache + other.cache)
 
+    def __mul__(self, count: int) -> Cost:
+        """`count` like this one: layers of one shape, or the same run again, which reads its weights again."""
+        groups = {group: count * weights for group, weights in self.weights.items()}
+        return Cost(count * self.flops, groups, count * self.cache)
+
     def bytes(self, precision: str) -> float:
         """Bytes that are read at `precision` (a scheme of the build); the cache is float32. Raises `ConfigError`."""
         if precision not in BYTES_PER_WEIGHT:
@@ -73,6 +80,21 @@ class Cost:
     def seconds(self, precision: str, bytes_per_s: float, flops_per_s: float) -> float:
         """The least time on a machine with those rates: reading and computing may overlap, the slower one decides."""
         return max(self.bytes(precision) / bytes_per_s, self.flops / flops_per_s)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """All of them, one after the other."""
+    return sum(costs, Cost(0, {}))
+
+
+def product(rows: int, inputs: int, outputs: int, group: str = LINEARS) -> Cost:
+    """A linear layer over `rows`; a convolution too, whose rows are its places and whose inputs those of a window."""
+    return Cost(2 * rows * inputs * outputs, {group: float(inputs * outputs)})
+
+
+def attend(queries: int, keys: int, width: int, batch: int = 1) -> Cost:
+    """Scores and the mixing of values of all heads, `width` numbers wide together; there are no weights in it."""
+    return Cost(4 * batch * queries * keys * width, {})
 
 
 def distinct_experts(config: LLMConfig, tokens: int) -> float:
