@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import median
 
 from harness import Row, arguments, finish
-from mini_server import free_ports, mini_bundle
+from mini_server import mini_bundle
 
 from ming_trt.serving.assemble import assemble
+from ming_trt.serving.launch import Ports
 
 GOAL_S = 8.0
 
@@ -42,7 +43,7 @@ def main() -> None:
 
 def serve(repository: Path) -> tuple[float, float]:
     """Seconds from the start of the command until it says that it is ready, and those of them that Triton loaded."""
-    ports = free_ports()
+    ports = Ports.free()
     command = [sys.executable, "-m", "ming_trt", "serve", str(repository), "--json", "--grpc-port", str(ports.grpc)]
     command += ["--http-port", str(ports.http), "--metrics-port", str(ports.metrics)]
     started = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,16 +66,4 @@ def server_on(bundle: Path) -> Server:
     """A server on free ports, not started yet."""
     repository = bundle.parent / f"{bundle.name}-repo"
     assemble(bundle, repository)
-    return Server(repository, free_ports(), progress=lambda line: print(line, file=sys.stderr))
-
-
-def free_ports() -> Ports:
-    """Three that nobody listens on now."""
-    probes = [socket.socket() for _ in range(3)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return Ports(*(probe.getsockname()[1] for probe in probes))
-    finally:
-        for probe in probes:
-            probe.close()
+    return Server(repository, Ports.free(), progress=lambda line: print(line, file=sys.stderr))

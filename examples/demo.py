@@ -8,7 +8,6 @@ changed.
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from ming_trt.mini import write_mini
 from ming_trt.processing.prompt import ASR_PROMPT
 from ming_trt.serving.answer import Answer
 from ming_trt.serving.client import Client
+from ming_trt.serving.launch import Ports
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / ".demo"
@@ -65,36 +65,24 @@ def is_current(folder: Path) -> bool:
         return False
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
 @contextmanager
 def server(repository: Path) -> Iterator[str]:
     """Starts `ming-trt serve`, gives the gRPC address once it is ready, and stops it."""
-    http, grpc, metrics = free_ports(3)
+    ports = Ports.free()
     arguments = [
         "serve",
         str(repository),
         "--http-port",
-        str(http),
+        str(ports.http),
         "--grpc-port",
-        str(grpc),
+        str(ports.grpc),
         "--metrics-port",
-        str(metrics),
+        str(ports.metrics),
     ]
     console.print(f"\n$ ming-trt {' '.join(arguments)} &", style="bold")
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "ming_trt", *arguments])
-    url = f"localhost:{grpc}"
+    url = f"localhost:{ports.grpc}"
     try:
         with Client(url) as client:
             while not client.ready(1.0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,17 +13,7 @@ from ming_trt.serving.launch import Ports, Server
 
 from .toy_bundle import write_bundle, write_stages
 
-
-def free_ports() -> Ports:
-    """Three ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(3)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return Ports(*(probe.getsockname()[1] for probe in probes))
-    finally:
-        for probe in probes:
-            probe.close()
+free_ports = Ports.free
 
 
 @pytest.fixture(scope="session")
