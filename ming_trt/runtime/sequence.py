@@ -89,6 +89,7 @@ class Sequence:
     submitted: float = field(default_factory=perf_counter)
     admitted: float = 0.0
     first_token: float = 0.0
+    looked: float = 0.0  # when it was last looked whether another process has cancelled it
 
     @property
     def history(self) -> npt.NDArray[np.int64]:

@@ -23,8 +23,8 @@ Array = npt.NDArray[Any]
 Inputs = Mapping[str, Any]
 """The tensors of a request, of the backend's class, by name."""
 BOARD_VARIABLE = "MING_TRT_BOARD"
-# `json.dumps` makes an encoder for each call that does not want its defaults.
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
+# `json.dumps` makes an encoder for each call that does not want its defaults; `json.loads` looks for white space.
+_to_json, _from_json = json.JSONEncoder(ensure_ascii=False).encode, json.JSONDecoder().raw_decode
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +92,7 @@ def read_bytes(request: Inputs, name: str) -> list[bytes]:
 
 def read_json(request: Inputs, name: str) -> dict[str, Any]:
     """The JSON object in a BYTES [1] input that another stage made."""
-    value: dict[str, Any] = json.loads(read_bytes(request, name)[0].decode())
+    value: dict[str, Any] = _from_json(read_bytes(request, name)[0].decode())[0]
     return value
 
 

@@ -86,5 +86,7 @@ def empty(outputs: Mapping[str, Tensor]) -> dict[str, Array]:
 
 def output(text: str, state: Mapping[str, Any], **arrays: Array) -> dict[str, Array]:
     """The outputs of one answer to the client: without what the stages tell each other in `state`."""
-    public = {key: value for key, value in state.items() if key not in _PRIVATE}
+    public = dict(state)
+    for key in _PRIVATE:
+        public.pop(key, None)
     return {"text": text_array(text), "state": json_array(public), **arrays}
