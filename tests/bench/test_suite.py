@@ -213,14 +213,15 @@ def test_serving_overhead_counts_what_is_added(scripts: Any) -> None:
     assert value == 2 and low <= 2 <= high
     from ming_trt.bench.samples import Sample
 
-    def samples(token: float) -> list[Sample]:
-        return [Sample(0, 0, 1, 1, [(0.1, 1), (0.1 + token, 1)]) for _ in range(10)]
+    def pairs(token: float, first: float) -> list[tuple[Sample, Sample]]:
+        served = Sample(0, 0, 1, 1, [(first, 1), (first + token, 1)])
+        return [(served, Sample(0, 0, 1, 1, [(0.1, 1), (0.12, 1)])) for _ in range(10)]
 
-    itl, ttft = overhead.compared("x", samples(0.0205), samples(0.02), asked=True)
-    assert itl.verdict == "reached" and "reached" in ttft.more["asked"]
-    itl, _ = overhead.compared("x", samples(0.0215), samples(0.02), asked=True)
-    assert itl.verdict == "not reached"
-    assert not overhead.compared("x", samples(0.03), samples(0.02), asked=False)[0].target
+    itl, ttft = overhead.compared("x", pairs(0.0205, 9.0), pairs(9.0, 0.104), asked=True)
+    assert itl.verdict == "reached" and ttft.more["asked"].endswith("more: reached")
+    itl, ttft = overhead.compared("x", pairs(0.0215, 9.0), pairs(9.0, 0.106), asked=True)
+    assert itl.verdict == "not reached" and ttft.more["asked"].endswith("not reached")
+    assert not overhead.compared("x", pairs(0.03, 0.1), pairs(0.03, 0.1), asked=False)[0].target
 
 
 def test_growth_counts_processor_time(scripts: Any) -> None:
