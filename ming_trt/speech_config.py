@@ -209,6 +209,16 @@ def load_flow_config(file: Path, settings: Mapping[str, Any]) -> FlowConfig:
     _agree(file, "token_mel_ratio", flow.get("token_mel_ratio"), 1)
     _agree(file, "t_scheduler", cfm.get("t_scheduler"), "cosine")
     _agree(file, "width of encoder.up_layer.conv", _shape(shapes, "encoder.up_layer.conv.weight", file)[2], 3)
+    for section, key, needed in (
+        (settings, "num_decoding_left_chunks", -1),
+        (encoder, "normalize_before", True),
+        (encoder, "use_cnn_module", False),
+        (encoder, "macaron_style", False),
+        (encoder, "selfattention_layer_type", "rel_selfattn"),
+        (estimator, "act_fn", "gelu"),
+        (estimator, "num_decoding_left_chunks", -1),
+    ):
+        _agree(file, key, section.get(key), needed)
     _agree(file, "vocab_size", flow.get("vocab_size"), config.vocabulary)
     _agree(file, "pre_lookahead_len", flow.get("pre_lookahead_len"), config.look_ahead)
     _agree(file, "encoder.output_size", encoder.get("output_size"), config.width)
@@ -276,7 +286,8 @@ def load_hift_config(file: Path, settings: Mapping[str, Any]) -> HiftConfig:
     _agree(file, "base_channels", hift.get("base_channels"), config.base)
     _agree(file, "upsample_kernel_sizes", hift.get("upsample_kernel_sizes"), list(config.up_kernels))
     _agree(file, "f0_predictor.cond_channels", f0.get("cond_channels"), config.f0_width)
-    _agree(file, "nsf_voiced_threshold", hift.get("nsf_voiced_threshold"), 10)
+    for key, number in (("nsf_alpha", 0.1), ("nsf_sigma", 0.003), ("nsf_voiced_threshold", 10)):
+        _agree(file, key, hift.get(key), number)
     return config
 
 
