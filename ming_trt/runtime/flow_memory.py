@@ -16,7 +16,8 @@ class FlowMemory:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.used = 0
-        self._lock = threading.Lock()
+        # a share may be collected, and give back, while its thread is in here
+        self._lock = threading.RLock()
 
     def take(self, count: int) -> bool:
         """Takes `count` bytes if they are free."""

@@ -158,9 +158,9 @@ class Talker:
 
     def _end(self, cursor: _Cursor) -> None:
         """Keeps a cache in the engine's memory for the next generation: captured runs belong to its address."""
-        with self._lock:
-            cursor.thinker = self._no_rows
-            if isinstance(self._engine, OwnMemory) and self._fixed is not None:
+        if isinstance(self._engine, OwnMemory) and self._fixed is not None:
+            with self._lock:
+                cursor.thinker = self._no_rows
                 cursor.cache.free(0)
                 self._kept.append(cursor.cache)
 
