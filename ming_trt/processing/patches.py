@@ -16,10 +16,11 @@ FACTOR = 28
 MAX_ASPECT_RATIO = 200
 
 # The constants of CLIP's image normalisation.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 # [256, 3]: the normalised value of every grey level per channel, in the reference's order of roundings.
-_NORMALISED = ((np.arange(256, dtype=np.float64) / 255).astype(np.float32)[:, None] - _MEAN) / _STD
+_GREYS = (np.arange(256, dtype=np.float64) / 255).astype(np.float32)[:, None]
+_NORMALISED = (_GREYS - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from ming_trt.config import MingConfig, TokenIds
 from ming_trt.errors import CheckpointError, InputError
 from ming_trt.processing.audio import AudioInput, process_audio
-from ming_trt.processing.image import SECOND_PASS, PixelLimits, VisionInput, process_image
+from ming_trt.processing.image import PixelLimits, VisionInput, process_image
 from ming_trt.processing.patches import PatchShape
 from ming_trt.processing.positions import position_ids
+from ming_trt.processing.preprocessor import second_pass
 from ming_trt.processing.prompt import WRAPPERS, Markup, Media, Span, Words, request_spans
 from ming_trt.processing.request import ImagePart, MediaKind, Request, VideoPart, check_media
 from ming_trt.processing.tokenizer import TextCodec
@@ -67,9 +68,10 @@ class Prepared:
 class Processor:
     """Turns requests into arrays for one checkpoint. Holds no state between calls, so threads may share one.
 
-    `max_prompt_tokens`: longest prompt that the server takes; `pixel_limits`: second pass of pictures (image generation
-    takes `image.GENERATION_PASS`); `end_assistant_turns`: see `prompt.request_spans`. Raises `CheckpointError` where
-    the tokenizer and the configuration do not belong together.
+    `max_prompt_tokens`: longest prompt that the server takes; `pixel_limits`: second pass of pictures, by default that
+    of the checkpoint (image generation takes `image.GENERATION_PASS`); `end_assistant_turns`: see
+    `prompt.request_spans`. Raises `CheckpointError` where the tokenizer and the configuration do not belong together,
+    `ConfigError` for settings of pictures that are not implemented.
     """
 
     def __init__(
@@ -78,12 +80,12 @@ class Processor:
         tokenizer: TextCodec,
         *,
         max_prompt_tokens: int | None = None,
-        pixel_limits: PixelLimits = SECOND_PASS,
+        pixel_limits: PixelLimits | None = None,
         end_assistant_turns: bool = False,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_prompt_tokens = config.llm.max_positions if max_prompt_tokens is None else max_prompt_tokens
-        self.pixel_limits = pixel_limits
+        self.pixel_limits = second_pass(config.folder) if pixel_limits is None else pixel_limits
         self.end_assistant_turns = end_assistant_turns
         vision = config.vision
         self.patch_shape = PatchShape(vision.patch_size, vision.temporal_patch, vision.merge_size)
