@@ -86,6 +86,8 @@ class Needs:
         others = (engine for engine in engines if engine is not model and engine.name not in UTTERANCE)
         items += [Item(f"the caches of {engine.name}", engine.cache_bytes) for engine in others]
         items.append(Item("the caches of the flow", _flow_caches(engines, preset)))
+        if preset.target == trtllm.TARGET:
+            items.append(Item("copies of caches", _copied_caches(engines, preset)))
         stages = stages_for([*(engine.name for engine in engines), *(["llm"] if model else [])])
         if preset.target == "onnxruntime":
             items += _activations(engines)
@@ -115,6 +117,13 @@ def _flow_caches(engines: Iterable[EnginePlan], preset: Preset) -> int:
     if preset.target == "onnxruntime":
         return min(slots * stream, preset.flow_budget) + whole
     return min(slots, preset.flow_budget // stream) * stream + whole
+
+
+def _copied_caches(engines: Iterable[EnginePlan], preset: Preset) -> int:
+    """TensorRT-LLM's container has a TensorRT that writes no cache in place: each engine has a buffer for those of one
+    run, from where they are copied."""
+    at_once = {**{name: sets for name, (_, sets) in UTTERANCE.items()}, "talker": preset.profile.slots}
+    return sum(engine.cache_bytes // at_once[engine.name] for engine in engines if engine.name in at_once)
 
 
 def working_bytes(activations: int) -> int:

@@ -91,6 +91,7 @@ def test_streams_of_speech_share_a_budget(whole: Plan) -> None:
     assert streams == 4
     # and one utterance at a time that is decoded as a whole
     assert items["the caches of the flow"] == streams * (encoder + estimator) + encoder + estimator // 10
+    assert items["copies of caches"] == encoder + estimator // 10 + engines["talker"].cache_bytes // 32
     tight = replace(presets.load("tensorrt-fp8"), flow_budget=3 << 30)
     made = plan(OFFICIAL, tight, ("flow_encoder", "flow_estimator"))
     assert "speech in parts holds 3.31 GiB for each stream on this target" in made.problem
