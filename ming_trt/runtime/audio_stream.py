@@ -7,7 +7,7 @@ does: source and waveform of 8 frames are kept and cross-faded, and the last chu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,11 +28,20 @@ class SeamlessStream:
 
     Where the memory of all streams has no room for this one (`FlowMemory`), its own is given back, and the rest of the
     utterance comes with `finish`, from one run over all codes: the same audio, later.
+
+    `lap` is told what was just done: "flow" or "vocoder" (`speech_clock.py`).
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, voice: Voice, random: np.random.Generator, *, chunked: bool = True
+        self,
+        detokenizer: Detokenizer,
+        voice: Voice,
+        random: np.random.Generator,
+        *,
+        chunked: bool = True,
+        lap: Callable[[str], None] = lambda label: None,
     ) -> None:
+        self._lap = lap
         self._d, self._voice, self._random, self._chunked = detokenizer, voice, random, chunked
         self._prompt = len(voice.flow_codes)
         self._codes: list[int] = voice.flow_codes.tolist()
@@ -76,6 +85,7 @@ class SeamlessStream:
         if not left:
             codes = np.array(self._codes[self._prompt :], np.int64)
             self._append(self._d.to_mel(self._voice, codes, chunked=self._chunked, final=True, skip=self._frames))
+            self._lap("flow")
         self._follow_pitch(final=True)
         return self._render(self._frames)
 
@@ -102,7 +112,9 @@ class SeamlessStream:
         codes = np.array(self._codes[start : start + count + self._d.look_ahead], np.int64)
         mel = self._d.extend(self._state, self._voice, codes[:count], codes[count:], chunked=True)
         self._append(mel[:, max(0, self._prompt - start) :])
+        self._lap("flow")
         self._follow_pitch(final=False)
+        self._lap("vocoder")
         return True
 
     def _next_whole(self, frames: int) -> int:
@@ -137,6 +149,7 @@ class SeamlessStream:
         self._mel, self._noise, self._f0 = self._mel[:, drop:], self._noise[drop:], self._f0[drop:]
         self._start, self._sent = first, until
         self._given += 1
+        self._lap("vocoder")
         return audio
 
 

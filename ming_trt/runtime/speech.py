@@ -28,6 +28,7 @@ from ming_trt.runtime.audio_contract import AudioContract
 from ming_trt.runtime.audio_stream import SeamlessStream
 from ming_trt.runtime.detokenizer import Detokenizer, Floats
 from ming_trt.runtime.engine import open_engine
+from ming_trt.runtime.speech_clock import Lane, Path
 from ming_trt.runtime.talker import Talker, never
 from ming_trt.runtime.voices import Voices
 
@@ -54,11 +55,12 @@ class SpeechChunk:
 
 @dataclass(slots=True)
 class _Utterance:
-    """A piece on its way: the talker puts codes, then None, or the error that ended it."""
+    """A piece on its way: the talker puts codes, then None, or the error that ended it; with each the time's path."""
 
     number: int
     piece: Piece
-    codes: SimpleQueue[list[int] | MingError | None] = field(default_factory=SimpleQueue)
+    path: Path
+    codes: SimpleQueue[tuple[list[int] | None, Path] | MingError] = field(default_factory=SimpleQueue)
 
 
 class Speech:
@@ -92,13 +94,15 @@ class Speech:
         thinker: Floats | None = None,
         seed: int = 0,
         cancelled: Callable[[], bool] = never,
+        lane: Lane | None = None,
     ) -> Iterator[SpeechChunk]:
         """Speaks pieces as they come; chunks follow in order and end with `last` for each piece.
 
-        `thinker` f32 [R, H] are the LLM's rows of the prompt. Equal seeds, pieces and voices give equal audio. Raises
-        `CancelledError`, and what the talker, the decoder, the audio's contract or the iteration of `text` raise.
+        `thinker` f32 [R, H] are the LLM's rows of the prompt. `lane` is that of who iterates: with each chunk its path
+        tells what the time went into. Equal seeds, pieces and voices give equal audio. Raises `CancelledError`, and
+        what the talker, the decoder, the audio's contract or the iteration of `text` raise.
         """
-        return _Run(self, text, voice, thinker, seed, cancelled).chunks()
+        return _Run(self, text, voice, thinker, seed, cancelled, lane or Lane()).chunks()
 
     def codes(
         self,
@@ -118,9 +122,11 @@ class Speech:
         )
         return self._talker.codes(prompt, voice.speaker, thinker, random, cancelled)
 
-    def stream(self, piece: Piece, voice: Voice, random: np.random.Generator) -> SeamlessStream:
-        """The decoder's side of one piece."""
-        return SeamlessStream(self._detokenizer, voice, random, chunked=piece.stream)
+    def stream(
+        self, piece: Piece, voice: Voice, random: np.random.Generator, lap: Callable[[str], None]
+    ) -> SeamlessStream:
+        """The decoder's side of one piece; `lap` is told what was done."""
+        return SeamlessStream(self._detokenizer, voice, random, chunked=piece.stream, lap=lap)
 
 
 class _Run:
@@ -134,13 +140,15 @@ class _Run:
         thinker: Floats | None,
         seed: int,
         cancelled: Callable[[], bool],
+        lane: Lane,
     ) -> None:
         self._speech, self._text, self._voice, self._thinker = speech, text, voice, thinker
         self._seed, self._cancelled = seed, cancelled
         self._stop = threading.Event()
         self._started = perf_counter()
         self._pieces: Queue[_Utterance | MingError | None] = Queue(PIECES_AHEAD)
-        self._chunks: Queue[SpeechChunk | MingError | None] = Queue(CHUNKS_AHEAD)
+        self._chunks: Queue[tuple[SpeechChunk, Path] | MingError | None] = Queue(CHUNKS_AHEAD)
+        self._listener, self._talker, self._decoder = lane, Lane(lane.path), Lane(lane.path)
 
     def chunks(self) -> Iterator[SpeechChunk]:
         threads = [
@@ -150,10 +158,13 @@ class _Run:
         for thread in threads:
             thread.start()
         try:
-            while (chunk := self._take(self._chunks)) is not None:
-                if isinstance(chunk, MingError):
-                    raise chunk
+            while (found := self._take(self._chunks)) is not None:
+                if isinstance(found, MingError):
+                    raise found
+                chunk, path = found
+                self._listener.took(path)
                 yield chunk
+                self._listener.lap("listener")
         finally:
             self._stop.set()
 
@@ -162,15 +173,22 @@ class _Run:
 
     def _talk(self) -> None:
         """Text to codes. An error travels on in the place of what it prevented."""
+        lane = self._talker
         try:
             for number, piece in enumerate(self._text):
-                utterance = _Utterance(number, piece)
+                lane.lap("text")
+                utterance = _Utterance(number, piece, lane.path)
+                ahead = self._pieces.full()
                 self._put(self._pieces, utterance)
+                if ahead:
+                    lane.took(self._decoder.path)
                 try:
                     random = np.random.default_rng([self._seed, number, 0])
                     for codes in self._speech.codes(piece, self._voice, self._thinker, random, self._stopped):
-                        utterance.codes.put(codes)
-                    utterance.codes.put(None)
+                        lane.lap("talker")
+                        utterance.codes.put((codes, lane.path))
+                    lane.lap("talker")
+                    utterance.codes.put((None, lane.path))
                 except MingError as error:
                     utterance.codes.put(error)
                     return
@@ -200,8 +218,9 @@ class _Run:
             self._put_error(self._chunks, _internal(error))
 
     def _render(self, utterance: _Utterance) -> None:
-        number, piece = utterance.number, utterance.piece
-        stream = self._speech.stream(piece, self._voice, np.random.default_rng([self._seed, number, 1]))
+        number, piece, lane = utterance.number, utterance.piece, self._decoder
+        lane.took(utterance.path)
+        stream = self._speech.stream(piece, self._voice, np.random.default_rng([self._seed, number, 1]), lane.lap)
         contract = AudioContract(self._speech.sample_rate)
 
         def send(audio: Floats, last: bool) -> None:
@@ -209,11 +228,21 @@ class _Run:
             if last:
                 contract.close(stream.codes)
             seconds = perf_counter() - self._started
-            self._put(self._chunks, SpeechChunk(audio, number, piece.text, seconds, last, stream.codes if last else 0))
+            chunk = SpeechChunk(audio, number, piece.text, seconds, last, stream.codes if last else 0)
+            lane.lap("vocoder")
+            ahead = self._chunks.full()
+            self._put(self._chunks, (chunk, lane.path))
+            if ahead:
+                lane.took(self._listener.path)
 
-        while (codes := self._take(utterance.codes)) is not None:
-            if isinstance(codes, MingError):
-                raise codes
+        while True:
+            found = self._take(utterance.codes)
+            if isinstance(found, MingError):
+                raise found
+            codes, path = found
+            lane.took(path)
+            if codes is None:
+                break
             for audio in stream.push(codes):
                 send(audio, last=False)
         send(stream.finish(), last=True)

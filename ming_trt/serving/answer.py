@@ -56,6 +56,7 @@ class Answer:
     After the end: `text`, `finish_reason` ("stop" or "length"), `usage` and `timings` as the server gave them, and the
     client's own clock: `first_token_s` until the first text, `first_audio_s` until the first sound, `seconds` in all.
     Of a request with `draw`: `image` (PNG) and `picture` (seed, size asked for and given, steps, seconds of each part).
+    Of one with `speak`: `speaking`, the clock of the model that spoke (docs/DESIGN.md, 4.2).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Answer:
         self.timings: Mapping[str, Any] = {}
         self.image: bytes | None = None
         self.picture: Mapping[str, Any] = {}
+        self.speaking: Mapping[str, Any] = {}
         self.first_token_s: float | None = None
         self.first_audio_s: float | None = None
         self.seconds = 0.0
@@ -127,6 +129,7 @@ class Answer:
             "usage": dict(self.usage),
             "timings": dict(self.timings),
             "picture": dict(self.picture),
+            "speaking": dict(self.speaking),
             "first_token_s": self.first_token_s,
             "first_audio_s": self.first_audio_s,
             "seconds": self.seconds,
@@ -212,6 +215,7 @@ class Answer:
             self.first_audio_s = now
         if image is not None and "picture" in state:
             self.image, self.picture = image, state["picture"]
+        self.speaking = state.get("speech", {}).get("clock") or self.speaking
         self.text += text
         if state.get("finish_reason"):
             self.finish_reason = str(state["finish_reason"])

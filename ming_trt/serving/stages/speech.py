@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from ming_trt.errors import CancelledError, EngineError, UnavailableError
@@ -14,6 +15,7 @@ from ming_trt.runtime.audio_contract import to_pcm
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.heard import Allowance
 from ming_trt.runtime.speech import Speech, SpeechChunk, open_speech
+from ming_trt.runtime.speech_clock import Lane
 from ming_trt.runtime.voices import Voices
 from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_json
 from ming_trt.serving.stages.presence import Presence
@@ -37,7 +39,10 @@ class Call:
 
 
 class Session:
-    """The calls for one answer: their pieces in order for the talker, and whose audio a chunk is."""
+    """The calls for one answer: their pieces in order for the talker, and whose audio a chunk is.
+
+    `lane` has what the time until the latest chunk went into.
+    """
 
     def __init__(self, request_id: str, board: CancelBoard, sample_rate: int, ahead: float) -> None:
         self.id, self._rate = request_id, sample_rate
@@ -47,11 +52,15 @@ class Session:
         self._calls: dict[int, Call] = {}
         self._arrived = threading.Condition()
         self._board = board
+        self.lane = Lane()
+        self._complete: float | None = None  # when the last text came
 
     def add(self, call: Call) -> None:
         """A further call, in any order."""
         with self._arrived:
             self._calls[call.number] = call
+            if call.last:
+                self._complete = perf_counter()
             self.open.append(call)
             self._arrived.notify()
 
@@ -77,14 +86,22 @@ class Session:
     def send(self, chunk: SpeechChunk) -> None:
         """Sends a chunk to the call whose piece it speaks, when the client has room for it. Raises `CancelledError`."""
         self._allowance.spend(len(chunk.audio) / self._rate)
+        self.lane.lap("listener")
         call = self._owners[chunk.piece]
         ends = chunk.last and self._owners.index(call) + len(call.pieces) == chunk.piece + 1
         state = {"piece": chunk.piece, "text": chunk.text, "seconds": chunk.seconds, "last": chunk.last}
         state |= {"codes": chunk.codes, "sample_rate": self._rate}
+        if chunk.last:
+            state["clock"] = self._clock()
         arrays: dict[str, Array] = {"audio": to_pcm(chunk.audio), "state": json_array(state)}
         call.stream.send(arrays, last=ends)
         if ends:
             self.open.remove(call)
+
+    def _clock(self) -> dict[str, dict[str, float] | None]:
+        """Seconds by label since the first call, and since the last text has come."""
+        path, complete = self.lane.path, self._complete
+        return {"whole": path.split(), "after_text": None if complete is None else path.split(complete)}
 
 
 class SpeechStage(Stage):
@@ -92,7 +109,9 @@ class SpeechStage(Stage):
     with the first call `thinker_rows` f32 [L, H] and `speech_clip` f32 [n] at 16 kHz, else without rows.
 
     Responses: `audio` i16 [n] at the decoder's rate, and `state` (`piece`, its `text`, `seconds` since the first call,
-    whether it is the `last` of the piece, and then `codes`; `sample_rate`).
+    whether it is the `last` of the piece, and then `codes` and `clock`; `sample_rate`). `clock`: seconds by label
+    (`speech_clock.LABELS`), of the `whole` time since the first call and of that `after_text`, which is since the last
+    call came (null before); each adds up.
     """
 
     speech: Speech
@@ -150,8 +169,14 @@ class SpeechStage(Stage):
         failure: Exception | None = None
         try:
             voice = self._voice(body, clip)
+            session.lane.lap("voice")
             spoken = self.speech.speak(
-                session.pieces(), voice, thinker=thinker, seed=int(body["seed"]), cancelled=session.cancelled
+                session.pieces(),
+                voice,
+                thinker=thinker,
+                seed=int(body["seed"]),
+                cancelled=session.cancelled,
+                lane=session.lane,
             )
             for chunk in spoken:
                 session.send(chunk)
