@@ -41,6 +41,8 @@ ASSETS: tuple[str, ...] = (
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
+    "transformer/config.json",
+    "vae/config.json",
     "talker/config.json",
     "talker/*.yaml",
     "talker/s3_bpe/*",

@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from ming_trt.bench import svg
-from ming_trt.bench.hops import ENCODERS
 from ming_trt.bench.html import Cell, card, document, flat, number, pairs, section, table
 from ming_trt.bench.load import Load
 from ming_trt.bench.metrics import ImageLatency, InterTokenLatency, Metric, TimeToFirstAudio, TimeToFirstToken
@@ -25,6 +24,8 @@ _HOPS_NOTE = (
     "only the client sees. Time that two stages share counts twice there. <b>Traces</b>: further requests, each cut at "
     "the moments that the server noted, without gaps; their own end to end is in the last row.</p>"
 )
+
+_SHARES = {"mbu": "bandwidth (MBU)", "mfu": "matrix rate (MFU)"}
 
 
 def page(report: Report) -> str:
@@ -246,21 +247,19 @@ def _by_hop(point: Report) -> dict[str, float]:
 def _ceiling(report: Report) -> list[str]:
     ceiling, rows = report["ceiling"], list[list[str | Cell]]()
     for point in report["points"]:
-        for phase, share in (("decode", "mbu"), ("prefill", "mfu"), *((name, "mfu") for name in ENCODERS)):
-            found = (point["ceiling"] or {}).get(phase)
-            if found:
+        for phase, found in (point["ceiling"] or {}).items():
+            if isinstance(found, Mapping):
                 precision = found.get("precision", point["ceiling"]["precision"])
                 start: list[str | Cell] = [point["scenario"], str(_load(point)), phase, precision]
-                reached = (
-                    f"{100 * found[share]:.1f} % of {'bandwidth (MBU)' if share == 'mbu' else 'matrix rate (MFU)'}"
-                )
+                share = next((share for share in _SHARES if share in found), "")
+                reached = f"{100 * found[share]:.1f} % of {_SHARES[share]}" if share else "its own time is not known"
                 rows.append(
                     [
                         *start,
                         (number(found["bytes"] / 1e6), found["bytes"]) if "bytes" in found else ("", 0.0),
                         (number(found["flops"] / 1e9), found["flops"]),
                         (number(found["least_ms"]), found["least_ms"]),
-                        (reached, found[share]),
+                        (reached, found.get(share, 0.0)),
                     ]
                 )
     if not ceiling:
@@ -271,7 +270,11 @@ def _ceiling(report: Report) -> list[str]:
         f"{escape(ceiling['by'])})."
     )
     if not rows:
-        return [section("Ceiling", f"{text} What the model must read and multiply is known with --bundle.</p>")]
+        target = (report["manifest"] or {}).get("target", "")
+        why = f"The engines are for {escape(target)}, whose ceiling is not measured."
+        if target in ("", "onnxruntime"):
+            why = "What the model must read and multiply is known with --bundle."
+        return [section("Ceiling", f"{text} {why}</p>")]
     head = ("scenario", "load", "phase", "weights", "MB read", "GFLOP", "least ms", "reached")
     note = f"{text} Figures above 100 % are quantised products, or a busy machine at the time.</p>"
     return [section("Ceiling", note, table(head, rows, 4))]

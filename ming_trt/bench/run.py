@@ -6,6 +6,7 @@ import datetime
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ from typing import Any
 from ming_trt import __version__
 from ming_trt.bench.ceiling import ServedModel, shares
 from ming_trt.bench.hops import account
-from ming_trt.bench.load import MAX_TOGETHER, Load, run_load
+from ming_trt.bench.load import MAX_TOGETHER, Interrupted, Load, run_load
 from ming_trt.bench.machine import Ceiling, environment, measure_ceiling
 from ming_trt.bench.media import Medium, find_media
 from ming_trt.bench.metrics import Slo, summaries, totals
@@ -22,14 +23,17 @@ from ming_trt.bench.samples import Sample, measure
 from ming_trt.bench.scenarios import Scenario, choose
 from ming_trt.bench.server import ModelCount, ServerView
 from ming_trt.bench.traces import Tracing, summarize_traces
-from ming_trt.errors import InputError, ServeError
+from ming_trt.errors import InputError, MingError, ServeError
 from ming_trt.models.cost import Cost
+from ming_trt.serving.answer import Answer
 from ming_trt.serving.client import Client
 from ming_trt.serving.graph import ENSEMBLE
 from ming_trt.serving.local_memory import is_local
 
 SCHEMA = 1
 KIND = "ming-trt bench"
+# What `stopped` says after Ctrl-C.
+INTERRUPTED = "it was interrupted (Ctrl-C)"
 # Without rates of the user's: these shares of the best throughput that was seen.
 AUTO_RATES = (0.5, 0.8)
 # Triton counts a request only after its last response went out.
@@ -87,7 +91,8 @@ class Options:
 def run(options: Options, progress: Progress = lambda line: None) -> dict[str, Any]:
     """The report. Raises `ServeError` if the server does not answer, or if no request at all succeeded.
 
-    If the server goes away meanwhile, the report has what was measured until then, and `stopped` says why it ends.
+    If the server goes away meanwhile, or after Ctrl-C, the report has what was measured until then, and `stopped` says
+    why it ends. Ctrl-C before any load has a result raises `KeyboardInterrupt`.
     """
     model = ServedModel.of(options.bundle) if options.bundle else None
     media = find_media(options.media)
@@ -108,10 +113,11 @@ def run(options: Options, progress: Progress = lambda line: None) -> dict[str, A
                 measuring = _Scenario(options, client, view, tracing, scenario, media, progress)
                 for point in measuring.points(model, ceiling):
                     points.append(point)  # one by one: what was measured stays when the server goes
-        except ServeError as error:
+            view.counts()  # after the last load nobody else would notice that it went
+        except (ServeError, KeyboardInterrupt) as error:
             if not points:
                 raise
-            stopped = str(error)
+            stopped = str(error) if isinstance(error, ServeError) else INTERRUPTED
             done = {point["scenario"] for point in points}
             skipped |= {scenario.name: stopped for scenario in chosen if scenario.name not in done}
     if not any(point["totals"]["succeeded"] for point in points):
@@ -149,19 +155,28 @@ class _Scenario:
     ) -> None:
         self._options, self._client, self._view, self._tracing = options, client, view, tracing
         self._scenario, self._media, self._progress = scenario, media, progress
+        self._going: set[Answer] = set()
+        self._interrupted = False
 
     def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> Iterator[dict[str, Any]]:
-        """All loads: concurrencies first, since they tell the rates. Raises `ServeError` where the server is gone."""
+        """All loads: concurrencies first, since they tell the rates. Raises `ServeError` where the server is gone, and
+        `KeyboardInterrupt` after what was left of a load at Ctrl-C."""
         options, best = self._options, 0.0
         for number in options.concurrency:
             point = self._point(Load("concurrency", number), model, ceiling)
             best = max(best, point["totals"]["requests_per_s"])
             yield point
+            self._go_on()
         rates: Sequence[float] = options.rates or ()
         if options.rates is None and best:
             rates = [share * best for share in AUTO_RATES]
         for rate in rates:
             yield self._point(Load("rate", rate), model, ceiling)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def _point(self, load: Load, model: ServedModel | None, ceiling: Ceiling | None) -> dict[str, Any]:
         options = self._options
@@ -169,13 +184,15 @@ class _Scenario:
         together = load.value if load.kind == "concurrency" else 1
         limit = options.seconds or math.inf
         warm = Load("concurrency", together)
-        run_load(warm, options.warmup, self._send(1, options.warmup), options.seed, limit / 4)
+        self._load(warm, options.warmup, 1, limit / 4)
         before = self._counts()
-        samples, wall = run_load(load, options.requests, self._send(0, options.requests), options.seed, limit)
         try:
-            after = self._settled(before, len(samples))
-        except ServeError:
-            after = {}  # it ended meanwhile: its requests tell why, and the next load finds nobody
+            samples, wall = self._load(load, options.requests, 0, limit)
+        except Interrupted as stop:
+            if not any(sample.ok for sample in stop.samples):
+                raise
+            samples, wall, self._interrupted = stop.samples, stop.seconds, True
+        after, traces = self._seen(load, before, samples)
         counts = {name: count.since(before.get(name, ModelCount())) for name, count in after.items()}
         metrics = summaries(samples, options.slo)
         good = [sample for sample in samples if sample.ok]
@@ -189,14 +206,34 @@ class _Scenario:
             "completion_tokens": fmean(sample.completion_tokens for sample in good) if good else 0,
             "metrics": metrics,
             "hops": accounting.as_dict() if accounting else None,
-            "traces": self._traced(load) if good and after else None,
+            "traces": traces,
             "ceiling": None,
             "samples": [sample.as_dict() for sample in samples],
         }
-        if model and ceiling and good:
+        if model and model.on_processor and ceiling and good:
             point["ceiling"] = shares(model, ceiling, load, metrics, good, *self._encoder(model, counts))
         self._progress(_line(self._scenario.name, load, point))
         return point
+
+    def _load(self, load: Load, count: int, stream: int, limit: float) -> tuple[list[Sample], float]:
+        return run_load(load, count, self._send(stream, count), self._options.seed, limit, self._abandon)
+
+    def _seen(
+        self, load: Load, before: Mapping[str, ModelCount], samples: Sequence[Sample]
+    ) -> tuple[dict[str, ModelCount], dict[str, Any] | None]:
+        """What the server has counted with these requests, and what its traces tell; nothing of what Ctrl-C left."""
+        counts, traces = dict[str, ModelCount](), None
+        if self._interrupted:
+            return counts, traces
+        try:
+            counts = self._settled(before, len(samples))
+            if any(sample.ok for sample in samples):
+                traces = self._traced(load)
+        except ServeError:
+            counts = {}  # it ended meanwhile: its requests tell why, and who asks next finds nobody
+        except KeyboardInterrupt:
+            self._interrupted = True  # what was measured is complete
+        return counts, traces
 
     def _traced(self, load: Load) -> dict[str, Any] | None:
         """What the server's traces tell of further requests at this load; None if it does not trace, `note` if it
@@ -207,7 +244,7 @@ class _Scenario:
         try:
             with self._tracing.on():
                 limit = (self._options.seconds or math.inf) / 4
-                samples, _ = run_load(load, count, self._send(2, count), self._options.seed, limit)
+                samples, _ = self._load(load, count, 2, limit)
             return summarize_traces(self._tracing.read([sample.id for sample in samples]), samples)
         except ServeError as error:
             return {"requests": 0, "rows": [], "total_ms": 0.0, "timeline": None, "note": str(error)}
@@ -227,9 +264,25 @@ class _Scenario:
         prepared = [self._scenario.request(i, seed, self._media, *sizes) for i in range(requests)]
 
         def send(number: int, due: float, origin: float) -> Sample:
-            return measure(lambda: self._client.ask(**prepared[number]), due, origin)
+            asked: list[Answer] = []
+
+            def ask() -> Answer:
+                asked.append(self._client.ask(**prepared[number]))
+                self._going.update(asked)
+                return asked[0]
+
+            try:
+                return measure(ask, due, origin)
+            finally:
+                self._going.difference_update(asked)
 
         return send
+
+    def _abandon(self) -> None:
+        """Has the server end what is under way."""
+        for answer in list(self._going):
+            with suppress(MingError):  # it is gone: then nothing is under way
+                answer.cancel()
 
     def _counts(self) -> dict[str, ModelCount]:
         """The statistics once they stand still: the last request of the warm-up may not have been counted yet."""

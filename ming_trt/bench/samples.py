@@ -12,7 +12,7 @@ from ming_trt.serving.answer import Answer
 
 Clock = Callable[[], float]
 _SAMPLE_BYTES = 2  # 16-bit mono
-_LEAST_S = 1e-4  # a part of a picture that takes less was not done: without a picture to edit nothing is encoded
+_LEAST_S = 1e-4  # a part that takes less was not done: without a picture to edit nothing is encoded
 
 
 @dataclass(slots=True)
@@ -24,9 +24,10 @@ class Sample:
     each message that brought tokens; `sounds`: (time, seconds of audio) of each that brought sound; `picture`: when the
     finished picture came (0: none). `finished`: when the text was complete; `seconds`: when the stream ended.
     `engine`: queue, prefill and decode by the language model's own clock; `drawing`: the parts of a picture by that of
-    the model that drew it (condition, encode, denoise, decode). `error`: the sentence of a failed request,
-    which then counts as an error and in nothing else. `id` names the request on the server; `clock` is the client's
-    clock (`time.perf_counter`) when it was due, for traces by the same clock.
+    the model that drew it (condition, encode, denoise, decode); `drawn`: its width and height, pixels, and steps.
+    `speaking`: what the time after the last text went into, by the clock of the model that spoke (`speech_clock.py`).
+    `error`: the sentence of a failed request, which then counts as an error and in nothing else. `id` names the request
+    on the server; `clock` is the client's clock (`time.perf_counter`) when it was due, for traces by the same clock.
     """
 
     due: float
@@ -44,10 +45,19 @@ class Sample:
     id: str = ""
     clock: float = 0.0
     drawing: Mapping[str, float] = field(default_factory=dict)
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    speaking: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         return not self.error
+
+    @property
+    def called(self) -> tuple[str, Mapping[str, float]]:
+        """The model that went on after the text ("" if none), and the parts of its time that its own clock tells."""
+        if self.picture or self.drawing:
+            return "image", self.drawing
+        return ("speech", self.speaking) if self.sounds or self.speaking else ("", {})
 
     @property
     def first_token(self) -> float | None:
@@ -100,12 +110,20 @@ def measure(ask: Callable[[], Answer], due: float, origin: float, clock: Clock =
         sample.completion_tokens = int(answer.usage.get("completion_tokens", 0))
         sample.finish_reason = answer.finish_reason or ""
         sample.engine = {name: float(value) for name, value in answer.timings.items()}
-        parts = answer.picture.get("seconds", {})
-        sample.drawing = {name: float(value) for name, value in parts.items() if value >= _LEAST_S}
+        sample.drawing = _done(answer.picture.get("seconds"))
+        sample.speaking = _done(answer.speaking.get("after_text"))
+        if "given" in answer.picture:
+            width, height = answer.picture["given"]
+            sample.drawn = {"width": int(width), "height": int(height), "steps": int(answer.picture["steps"])}
     except MingError as error:
         sample.seconds = clock() - zero
         sample.error = f"{type(error).__name__}: {error}"
     return sample
+
+
+def _done(parts: Mapping[str, Any] | None) -> dict[str, float]:
+    """The parts that were done at all."""
+    return {name: float(value) for name, value in (parts or {}).items() if value >= _LEAST_S}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import threading
 import time
 import wave
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -87,7 +88,10 @@ class Drawn:
     """An answer with a picture, as the client gathers it."""
 
     id, usage, timings, finish_reason = "a", {"prompt_tokens": 7, "completion_tokens": 0}, {"prefill": 0.2}, "stop"
-    picture: ClassVar = {"seconds": {"condition": 0.01, "encode": 1e-6, "denoise": 0.3, "decode": 0.1}}
+    picture: ClassVar = {
+        "seconds": {"condition": 0.01, "encode": 1e-6, "denoise": 0.3, "decode": 0.1}, "given": [512, 256], "steps": 8,
+    }  # fmt: skip
+    speaking: ClassVar = {}
 
     def __iter__(self) -> Iterator[Delta]:
         yield Delta("", {"preview": 1}, b"1", b"")
@@ -100,6 +104,7 @@ def test_a_picture_is_measured() -> None:
     sample = measure(lambda: cast("Answer", Drawn()), 0.5, 4.5, lambda: next(clock))
     assert (sample.clock, sample.picture, sample.finished, sample.seconds) == (5.0, 2.0, 2.0, 3.0)
     assert sample.drawing == {"condition": 0.01, "denoise": 0.3, "decode": 0.1}
+    assert sample.drawn == {"width": 512, "height": 256, "steps": 8}
     assert Sample.from_dict(json.loads(json.dumps(sample.as_dict()))) == sample
 
 
@@ -167,6 +172,37 @@ def test_accounting_of_a_drawing_has_the_parts_of_its_model() -> None:
     found = {row.part: row.ms for row in result.rows if row.hop == "image"}
     assert found == pytest.approx({"condition": 100, "denoise": 400, "decode": 100, "by difference": 150})
     assert not any(row.first for row in result.rows if row.hop == "image")
+
+
+def test_accounting_of_a_spoken_answer_has_the_parts_after_its_text() -> None:
+    """Beside the text nothing counts twice; what lies after it is told by the clock of the model that spoke."""
+    engine = {"prefill": 0.1, "decode": 0.2}
+    clock = {"talker": 0.3, "vocoder": 0.1}
+    both = [
+        Sample(0, 0, 1.0, 1.0, engine=engine, sounds=[(0.3, 1.0)], speaking=clock),
+        Sample(0, 0, 1.0, 1.0, engine=engine, sounds=[(0.3, 1.0)], speaking={**clock, "listener": 0.1}),
+    ]
+    result = account(both, {"ming": counted(1.9, requests=2), "speech": counted(0.002, requests=2)})
+    assert result is not None and result.closes and result.sum == pytest.approx(1000)
+    found = {row.part: row.ms for row in result.rows if row.hop == "speech"}
+    assert found == pytest.approx({"talker": 300, "vocoder": 100, "listener": 50, "by difference": 200})
+
+
+class Spoken(Drawn):
+    """An answer with sound, as the client gathers it."""
+
+    picture: ClassVar = {}
+    speaking: ClassVar = {"whole": {"text": 2.0, "talker": 0.5}, "after_text": {"text": 0.0, "talker": 0.5}}
+
+    def __iter__(self) -> Iterator[Delta]:
+        yield Delta("", {"speech": {"sample_rate": 24000}}, None, bytes(4800))
+
+
+def test_a_spoken_answer_is_measured() -> None:
+    clock = iter([5.0, 6.0, 7.0, 8.0])
+    sample = measure(lambda: cast("Answer", Spoken()), 0.5, 4.5, lambda: next(clock))
+    assert sample.sounds == [(1.0, 0.1)] and sample.called == ("speech", {"talker": 0.5})
+    assert Sample.from_dict(json.loads(json.dumps(sample.as_dict()))) == sample
 
 
 def test_accounting_that_claims_too_much_does_not_close() -> None:
@@ -288,3 +324,46 @@ def test_encoders_have_a_ceiling() -> None:
     decode = shares(model, Ceiling(2, 1e10, 1e11), Load("concurrency", 1), {}, [answer])["decode"]
     # 0.4 s for the four tokens after the first
     assert decode["mbu"] == pytest.approx(decode["bytes"] / 0.1 / 1e10)
+
+
+def test_a_drawing_and_a_spoken_answer_have_a_ceiling() -> None:
+    """Work follows from the size, the steps and the reference; time from the clock of the model that drew."""
+    from ming_trt.bench.ceiling import ServedModel, shares
+    from ming_trt.bench.machine import Ceiling
+    from ming_trt.config import load_config
+    from ming_trt.image_config import dit_config, vae_config
+    from ming_trt.models import cost_image, cost_speech
+    from ming_trt.speech_config import load_talker_config
+
+    from ..conftest import GOLDEN
+
+    folder = GOLDEN / "generation" / "checkpoint"
+    config = load_config(folder)
+    picture, talker = (dit_config(config, stored_tables=True), vae_config(config)), load_talker_config(folder)
+    names = ("llm", "dit", "vae_encoder", "vae_decoder", "talker")
+    model = ServedModel(config, dict.fromkeys(names, "int8"), {}, picture, talker)
+    ceiling, one = Ceiling(2, 1e10, 1e11), Load("concurrency", 1)
+    clock = {"denoise": 4.0, "decode": 2.0}
+    drawn = Sample(0, drawing=clock, drawn={"width": 512, "height": 256, "steps": 8})
+    found = shares(model, ceiling, one, {}, [drawn, replace(drawn, drawing={"denoise": 6.0, "decode": 2.0})])
+    # latents of 32 x 64, with the prompt and without it
+    step, decoded = cost_image.dit(picture[0], 32, 64, rows=2), cost_image.vae_decoder(picture[1], 32, 64)
+    assert found["image denoise"]["flops"] == 8 * step.flops
+    assert found["image denoise"]["mfu"] == pytest.approx(8 * step.flops / 5.0 / 1e11)
+    assert found["image denoise"]["least_ms"] == pytest.approx(8000 * step.seconds("int8", 1e10, 1e11))
+    assert found["image decode"]["mfu"] == pytest.approx(decoded.flops / 2.0 / 1e11)
+    assert "image encode" not in found and "talker, an id" not in found
+
+    edited = replace(drawn, drawing={**clock, "encode": 1.0})
+    found = shares(model, ceiling, one, {}, [edited])
+    beside = cost_image.dit(picture[0], 32, 64, rows=2, reference=True)
+    assert found["image denoise"]["flops"] == 8 * beside.flops > 16 * step.flops
+    encoded = cost_image.vae_encoder(picture[1], 256, 512)
+    assert found["image encode"]["mfu"] == pytest.approx(encoded.flops / 1.0 / 1e11)
+    for shared in (Load("concurrency", 2), Load("rate", 1)):
+        found = shares(model, ceiling, shared, {}, [edited])
+        assert "image denoise" not in found and "image decode" in found, "the steps of two pictures are not told apart"
+
+    spoken = shares(model, ceiling, one, {}, [Sample(0, sounds=[(1.0, 0.5)])])["talker, an id"]
+    assert spoken["bytes"] == cost_speech.talker_step(talker).bytes("int8")
+    assert "mbu" not in spoken, "its time is not known"

@@ -21,6 +21,7 @@ from ming_trt import cli
 from ming_trt.bench import svg
 from ming_trt.bench.compare import compare, read_report
 from ming_trt.bench.html import table
+from ming_trt.bench.machine import Ceiling
 from ming_trt.bench.page import page
 from ming_trt.bench.run import Options, run
 from ming_trt.bench.write import comparison_table, latency_table, throughput_table, write
@@ -112,6 +113,23 @@ def test_a_picture_is_told_by_its_parts(report: dict[str, Any]) -> None:
     text = page(drawn)
     used = set(re.findall(r'<i class="key (s\d+)"></i>image ', text))
     assert len(used) == len(parts) and all(f".bar.{colour}{{" in text and f".key.{colour}{{" in text for colour in used)
+
+
+def test_ceilings_stand_beside_what_is_known(report: dict[str, Any]) -> None:
+    """Every part that the machine's rates bound has a row; one whose time is not known says so."""
+    known = copy.deepcopy(report)
+    known["ceiling"] = Ceiling(2, 1e10, 1e11).as_dict()
+    bound = {"precision": "w8a8", "flops": 1e9, "least_ms": 10.0}
+    parts = {"image denoise": {**bound, "mfu": 0.25}, "talker, an id": {**bound, "bytes": 5e6}}
+    known["points"][0]["ceiling"] = {"precision": "int8", **parts}
+    text = " ".join(Page(page(known)).text)
+    assert "image denoise w8a8" in text and "25.0 % of matrix rate (MFU)" in text
+    assert "talker, an id w8a8" in text and "its own time is not known" in text
+    for point in known["points"]:
+        point["ceiling"] = None
+    assert "is known with --bundle" in page(known)
+    known["manifest"] = {"target": "tensorrt"}
+    assert "The engines are for tensorrt, whose ceiling is not measured" in page(known)
 
 
 def test_text_is_escaped(report: dict[str, Any]) -> None:

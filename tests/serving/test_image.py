@@ -239,3 +239,12 @@ def test_bad_numbers_become_an_error_that_names_the_stage(mini_bundle: Path, tmp
         with pytest.raises(EngineError, match=rf"stage 'image'.*{engine}.*not finite"):
             client.ask("a fox", draw=QUICK).read_all()
         assert client.ask("Hello", sampling={"max_tokens": 2}).read_all()
+
+
+def test_the_bundle_says_what_it_draws_and_speaks_with(mini_bundle: Path) -> None:
+    """Without the checkpoint: what a benchmark's ceilings are computed from."""
+    from ming_trt.bench.ceiling import ServedModel
+
+    model = ServedModel.of(mini_bundle)
+    assert model.picture is not None and model.talker is not None and model.on_processor
+    assert {"dit", "vae_encoder", "vae_decoder", "talker"} <= model.precisions.keys()
