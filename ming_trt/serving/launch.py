@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -162,29 +162,27 @@ class Server:
             return
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            if not self._has_ended(process):
-                # Its stubs belong to its process group.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            self._wait_for_end(process)
+        # Its stubs belong to its process group, and some stay behind when it ends before all models are loaded.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
 
-    def _has_ended(self, process: subprocess.Popen[bytes]) -> bool:
-        """Waits for the end after SIGTERM; False if it is time to insist.
+    def _wait_for_end(self, process: subprocess.Popen[bytes]) -> None:
+        """Waits for the end after SIGTERM, or until it is time to insist.
 
         After a dead stub, or a client that broke off its stream, unloading hangs in Triton 2.51 until the exit timeout.
         Once no request is in flight nothing is lost by not waiting for it, except a trace, which is written at the end.
         """
         deadline, idle_since = time.monotonic() + EXIT_TIMEOUT_S + 10, None
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                return True
+        while time.monotonic() < deadline and process.poll() is None:
             if idle_since is None and not self._trace and requests_are_done(self.log_file):
                 idle_since = time.monotonic()
             if idle_since is not None and time.monotonic() - idle_since > UNLOAD_S:
-                return False
+                return
             time.sleep(0.05)
-        return False
 
     def __enter__(self) -> Server:
         return self.start()

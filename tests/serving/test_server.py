@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,15 @@ def test_port_in_use(toy_server: Server, toy_repository: Path) -> None:
         Server(toy_repository, toy_server.ports).start()
 
 
+def processes_of(server: Server) -> list[bytes]:
+    """Command lines that name the server's folder: its own and those of its stubs, orphans included."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended between the listing and the look
+            found.append((folder / "cmdline").read_bytes())
+    return [line for line in found if bytes(server.run_dir) in line]
+
+
 def test_stage_that_cannot_load_is_named(tmp_path: Path, ports: Callable[[], Ports]) -> None:
     source = write_stages(tmp_path / "source")
     file = source / "llm" / "1" / "model.py"
@@ -289,8 +299,11 @@ def test_stage_that_cannot_load_is_named(tmp_path: Path, ports: Callable[[], Por
     )
     write_bundle(tmp_path / "bundle")
     assemble(tmp_path / "bundle", tmp_path / "repo", source=source)
+    server = Server(tmp_path / "repo", ports())
     with pytest.raises(ServeError, match="model 'llm': no engine for this machine"):
-        Server(tmp_path / "repo", ports()).start()
+        server.start()
+    # the other stages' processes had been started
+    eventually(lambda: not processes_of(server), "the end of all processes")
 
 
 @pytest.mark.parametrize("verdict", [bundle.FAILED, bundle.NOT_RUN])
