@@ -175,7 +175,7 @@ class Llama:
         return answer
 
 
-def alike(ours: OurStep, theirs: Llama, model: LLMConfig, tokens: int = 32, prompts: int = 4) -> float:
+def alike(ours: OurStep, theirs: Llama, model: LLMConfig, tokens: int = 32, prompts: int = 12) -> float:
     """The median cosine of the last logits of some prompts: rounding sometimes tips a router to another expert."""
     cosines = []
     for start in range(prompts):
