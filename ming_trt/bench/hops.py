@@ -8,9 +8,10 @@ client's total has beyond the server's is the network, the client and HTTP/2.
 
 Rows are means over a phase. The stages are one after the other, but for the encoders, which run side by side: only
 the slower one is on the path. Text leaves while it is decoded, so only the last response's `postprocess` counts.
-Drawing and speaking are called from there and stream: Triton sees only that they took a request over. Of a drawing its
-own clock tells the parts; what is left of it (waiting, messages, the file of the picture), and speaking, which partly
-overlaps with the text, is what the server took beyond the other rows, scheduling included.
+Drawing and speaking are called from there and stream: Triton sees only that they took a request over. Their own clocks
+tell the parts of a drawing, and of the time from the last text to the last sound; speaking before that goes on beside
+the text. What is left (waiting, messages, the file of the picture) is what the server took beyond the other rows,
+scheduling included.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def account(samples: Sequence[Sample], counts: Mapping[str, ModelCount]) -> Acco
     after = sorted(
         name for name, count in counts.items() if count.succeeded and name not in (*_CHAIN, ENSEMBLE, "cancel")
     )
-    drawing = {part: 1000 * fmean(s.drawing.get(part, 0.0) for s in good) for s in good for part in s.drawing}
-    rows += [Row("image", part, ms, first=False) for part, ms in drawing.items()]
+    for name, part in dict.fromkeys((s.called[0], part) for s in good for part in s.called[1]):
+        taken = sum(s.called[1].get(part, 0.0) for s in good if s.called[0] == name)
+        rows.append(Row(name, part, 1000 * taken / len(good), first=False))
     known = sum(row.ms for row in rows if row.hop != "client")
     rest = server - known
     # Two clocks of means can cross by a little: what is below nothing shows in the sum and not as a negative row.

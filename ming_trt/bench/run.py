@@ -156,7 +156,7 @@ class _Scenario:
         self._options, self._client, self._view, self._tracing = options, client, view, tracing
         self._scenario, self._media, self._progress = scenario, media, progress
         self._going: set[Answer] = set()
-        self._interrupted = False
+        self._interrupted = self._abandoned = False
 
     def points(self, model: ServedModel | None, ceiling: Ceiling | None) -> Iterator[dict[str, Any]]:
         """All loads: concurrencies first, since they tell the rates. Raises `ServeError` where the server is gone, and
@@ -269,6 +269,8 @@ class _Scenario:
             def ask() -> Answer:
                 asked.append(self._client.ask(**prepared[number]))
                 self._going.update(asked)
+                if self._abandoned:  # just now
+                    self._abandon()
                 return asked[0]
 
             try:
@@ -280,6 +282,7 @@ class _Scenario:
 
     def _abandon(self) -> None:
         """Has the server end what is under way."""
+        self._abandoned = True
         for answer in list(self._going):
             with suppress(MingError):  # it is gone: then nothing is under way
                 answer.cancel()

@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 44
 _DIGIT = 8  # width of one at the size of `.tick`, with some room
 SERIES = 10
 # Hops whose parts are what one wants to tell apart: each has its colour.
-SPLIT = ("llm", "image")
+SPLIT = ("llm", "image", "speech")
 
 Point = tuple[float, float]
 
@@ -24,11 +24,14 @@ PATH = (
 )  # fmt: skip
 _PARTS = (
     "started late", "queue", "input", "prefill", "condition", "encode", "denoise", "decode", "compute", "output",
+    "voice", "text", "talker", "flow", "vocoder", "listener",
 )  # fmt: skip
 _COLOURS = {
     "preprocess": 0, "vision_encoder": 1, "audio_encoder": 6, "llm queue": 8, "llm input": 15, "llm prefill": 3,
     "llm decode": 4, "postprocess": 5, "image": 2, "image denoise": 2, "image decode": 10, "image encode": 11,
-    "image condition": 12, "image by difference": 13, "speech": 2, "client": 7, "client and network": 7,
+    "image condition": 12, "image by difference": 13, "speech": 2, "speech flow": 2,
+    "speech vocoder": 10, "speech talker": 11, "speech voice": 12, "speech by difference": 13,
+    "speech listener": 15, "client": 7, "client and network": 7,
     "scheduling and python": 9, "others": 14,
 }  # fmt: skip
 

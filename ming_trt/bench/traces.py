@@ -171,7 +171,8 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
 
     Of the encoders the one that handed over last is on that path. What the language model did before its first answer
     is queue and prefill, told apart by its own clock. Drawing and speaking go on after the last text; how long each
-    part of a drawing took is known by its own clock, and where it waited in between is not: that is its last piece.
+    part took is known by their own clocks, in what order and where they waited is not: parts are in the order of the
+    stages, and what is left is the last piece.
     Raises `ServeError` for a trace that is not of this graph, or whose clock is not the client's.
     """
     end = sample.clock + sample.seconds
@@ -198,9 +199,10 @@ def pieces(trace: Trace, sample: Sample) -> list[Piece]:
     cut.to(answers[-1].start, "llm", "decode")
     _stage(cut, answers[-1])
     sent = trace.whole.times.get("GRPC_SEND_START", (cut.at,))[-1]
-    called = _called(sample)
-    for part, seconds in sample.drawing.items():
-        cut.to(min(cut.at + seconds, sent), "image", part)
+    # Triton does not trace what `postprocess` calls: it is what the server took after the text.
+    called, parts = sample.called
+    for part, seconds in parts.items():
+        cut.to(min(cut.at + seconds, sent), called, part)
     cut.to(sent, called or "postprocess", "by difference" if called else "output")
     cut.to(end, CLIENT, "")
     return [Piece(p.hop, p.part, p.start - sample.clock, p.end - sample.clock) for p in cut.pieces]
@@ -221,11 +223,6 @@ class _Cut:
         if moment > self.at:
             self.pieces.append(Piece(hop, part, self.at, moment))
             self.at = moment
-
-
-def _called(sample: Sample) -> str:
-    """What `postprocess` called for the answer. Triton does not trace it: it is what the server took after the text."""
-    return "image" if sample.picture else "speech" if sample.sounds else ""
 
 
 def _stage(cut: _Cut, span: Span) -> None:
@@ -281,9 +278,10 @@ def timeline(trace: Trace, sample: Sample) -> dict[str, Any]:
     ):  # fmt: skip
         spans.append({"model": "llm", "part": part, "start": ms(start), "end": ms(until)})
     sent = trace.whole.times.get("GRPC_SEND_START", (trace.whole.start,))[-1]
-    if called := _called(sample):
+    called, parts = sample.called
+    if called:
         began = answers[-1].at("COMPUTE_OUTPUT_START")
-        for part, seconds in sample.drawing.items():
+        for part, seconds in parts.items():
             until = min(began + seconds, sent)
             spans.append({"model": called, "part": part, "start": ms(began), "end": ms(until)})
             began = until

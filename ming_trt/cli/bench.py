@@ -51,14 +51,15 @@ def command(
     """Measure a running server: latency, throughput and goodput by scenario and load, and where the time goes.
 
     Writes report.json (with every request) and report.html; the last line of stdout is one JSON object. Exit code 0 if
-    any request succeeded: errors are counted in the report. 1 if the server went away: the report then ends there.
+    any request succeeded: errors are counted in the report. 1 if the server went away, 130 after Ctrl-C: the report
+    then ends there.
     """
     if compare:
         return _compare(*compare, output)
     if output is None:
         raise InputError("the report needs a place: give -o FOLDER")
     from ming_trt.bench.metrics import Slo
-    from ming_trt.bench.run import Options, run
+    from ming_trt.bench.run import INTERRUPTED, Options, run
     from ming_trt.bench.write import check_place, latency_table, summary, throughput_table, write
     from ming_trt.cli.output import console
 
@@ -94,7 +95,7 @@ def command(
     out.print(f"report: {files[1]}\n")
     typer.echo(json_module.dumps(summary(report, files), ensure_ascii=False))
     if report["stopped"]:
-        raise typer.Exit(1)
+        raise typer.Exit(130 if report["stopped"] == INTERRUPTED else 1)
 
 
 def _inputs(options: Options, output: Path) -> None:

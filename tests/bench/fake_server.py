@@ -7,6 +7,7 @@ slept is kept in `slept` (milliseconds by hop and part, one entry per request), 
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -27,6 +28,7 @@ STAGES = ("preprocess", "vision_encoder", "audio_encoder", "llm", "postprocess")
 class Delays:
     """Seconds. `stall`: an extra pause before the token in the middle. `fail_every`: every so manieth request ends
     with an error after its prefill (0: none). `die_after`: with the request after so many the server ends (0: never).
+    `interrupt_after`: with that one this process gets Ctrl-C, and from it on requests hang until they are cancelled.
     """
 
     preprocess: float = 0.0
@@ -41,6 +43,7 @@ class Delays:
     stall: float = 0.0
     fail_every: int = 0
     die_after: int = 0
+    interrupt_after: int = 0
 
 
 @dataclass
@@ -58,6 +61,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.delays = delays
         self.slept: dict[str, list[float]] = defaultdict(list)
         self.most = 0
+        self.cancelled: set[str] = set()
         self._outputs = outputs
         self._running = self._requests = 0
         self._lock = threading.Lock()
@@ -112,6 +116,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return answer
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
+        body = json.loads(request.raw_input_contents[0][4:])
+        if body["op"] == "cancel":
+            self.cancelled.add(body["id"])
         return _response({"state": json.dumps({"ok": True}).encode()}, final=True).infer_response
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
@@ -134,6 +141,13 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             return
         tensors = {t.name: raw for t, raw in zip(request.inputs, request.raw_input_contents, strict=False)}
         body = json.loads(tensors["request"][4:])
+        if delays.interrupt_after and number > delays.interrupt_after:
+            if number == delays.interrupt_after + 1:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            while body["id"] not in self.cancelled:
+                time.sleep(0.01)
+            yield pb.ModelStreamInferResponse(error_message="in ensemble 'ming', CancelledError: it was cancelled")
+            return
         waited = self._sleep("preprocess queue", delays.preprocess_queue)
         worked = self._sleep("preprocess compute", delays.preprocess)
         self._count("preprocess", queue=waited, compute_infer=worked)

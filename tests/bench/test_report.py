@@ -302,15 +302,22 @@ def test_reports_are_checked(tmp_path: Path) -> None:
             read_report(tmp_path)
 
 
-def test_command_of_a_server_that_goes_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("delays", "code", "why"),
+    [
+        (Delays(die_after=3), 1, "no server answers"),
+        (Delays(interrupt_after=3), 130, "it was interrupted (Ctrl-C)"),
+    ],
+)
+def test_command_that_ends_early(tmp_path: Path, delays: Delays, code: int, why: str) -> None:
     """The report is there, the last line says why it ends early, and so does the exit code."""
     cli._register() if not cli.app.registered_commands else None
-    with FakeServer(Delays(die_after=3)) as server:
+    with FakeServer(delays) as server:
         arguments = ["bench", "--url", server.url, "-o", str(tmp_path), "--scenario", "text", "--warmup", "0"]
         done = CliRunner().invoke(cli.app, [*arguments, "--requests", "3", "--concurrency", "1,1", "--rate", "1"])
     last = json.loads(done.stdout.strip().splitlines()[-1])
-    assert done.exit_code == 1 and "no server answers" in last["stopped"] and last["points"][0]["errors"] == 0
-    assert "no server answers" in (tmp_path / "report.html").read_text()
+    assert done.exit_code == code and why in last["stopped"] and last["points"][0]["errors"] == 0
+    assert why in (tmp_path / "report.html").read_text()
     assert read_report(tmp_path)["points"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ming_trt.bench.metrics import Slo
-from ming_trt.bench.run import Options, run
+from ming_trt.bench.run import INTERRUPTED, Options, run
 from ming_trt.bench.write import summary
 from ming_trt.errors import InputError, ServeError
 
@@ -109,6 +109,34 @@ def test_a_server_that_goes_away_leaves_what_was_measured() -> None:
     assert "no server answers" in report["stopped"] and report["skipped"] == {"image": report["stopped"]}
     assert "2 of 5 requests" in lines[-1] and "ServeError" in lines[-1]
     json.dumps(summary(report, (Path("a"), Path("b"))), allow_nan=False)
+
+
+def test_a_server_that_goes_away_in_the_last_load_is_noticed() -> None:
+    report, _ = measured(Delays(die_after=3), requests=5)
+    (point,) = report["points"]
+    assert point["totals"]["succeeded"] == 3 and sum(point["totals"]["errors"].values()) == 2
+    assert "no server answers" in report["stopped"] and not report["skipped"]
+
+
+@pytest.mark.parametrize(("rates", "loads"), [((), 2), ((5.0,), 3)])
+def test_ctrl_c_leaves_what_was_measured(rates: tuple[float, ...], loads: int) -> None:
+    """It comes with the fourth request of the last load, of the closed or the open loop: what had ended by then is
+    kept, what is under way is cancelled and counts for nothing, and no more is asked."""
+    before = 5 * (loads - 1)
+    with FakeServer(Delays(interrupt_after=before + 3)) as server:
+        options = Options(server.url, ("text", "image"), (1, 2), rates=rates, requests=5, warmup=0, max_tokens=2)
+        report = run(options)
+        assert server.cancelled
+    *complete, last = report["points"]
+    assert [point["totals"]["succeeded"] for point in complete] == [5] * (loads - 1)
+    assert 1 <= last["totals"]["requests"] == last["totals"]["succeeded"] <= 3 and not last["totals"]["errors"]
+    assert last["hops"] is None and last["traces"] is None
+    assert report["stopped"] == INTERRUPTED and report["skipped"] == {"image": INTERRUPTED}
+
+
+def test_ctrl_c_before_any_result() -> None:
+    with pytest.raises(KeyboardInterrupt), FakeServer(Delays(interrupt_after=1)) as server:
+        run(Options(server.url, ("text",), (1,), rates=(), requests=3, warmup=2, max_tokens=2))
 
 
 def test_no_server() -> None:

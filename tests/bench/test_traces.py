@@ -115,6 +115,16 @@ def test_a_drawing_is_cut_by_the_clock_of_its_model() -> None:
     assert found == pytest.approx({"denoise": 0.5 - 0.306})
 
 
+def test_a_spoken_answer_is_cut_by_the_clock_of_its_model() -> None:
+    (trace,) = read_trace(json.dumps(entries(10.0, one(), [10.206, 10.5])))
+    asked = sample()
+    asked.seconds, asked.sounds, asked.speaking = 0.52, [(0.3, 1.0)], {"talker": 0.1, "flow": 0.06}
+    found = {p.part: p.end - p.start for p in pieces(trace, asked) if p.hop == "speech"}
+    assert found == pytest.approx({"talker": 0.1, "flow": 0.06, "by difference": 0.034})
+    spans = [span for span in timeline(trace, asked)["spans"] if span["model"] == "speech"]
+    assert [span["part"] for span in spans] == list(found) and spans[-1]["end"] == 510
+
+
 def test_rows_are_means_that_add_up() -> None:
     traces = {t.id: t for name in "ab" for t in read_trace(json.dumps(entries(10.0, one(), [10.307], name)))}
     longer = sample("b")
