@@ -28,7 +28,7 @@ class Talker(MainShardComponent):
     """Component `talker`."""
 
     name = "talker"
-    marker = "talker.model.lm_head.weight"
+    marker = "talker.model.model.embed_tokens.weight"
 
     def needs(self, config: MingConfig, checkpoint: Checkpoint) -> str | None:
         if not (checkpoint.folder / FOLDER / "config.json").is_file():

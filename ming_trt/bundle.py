@@ -28,6 +28,9 @@ ASSETS = "assets"
 RUNGS = ("read", "typed", "compiled", "ran", "matches", "measured")
 # Verdicts of the gate. "compiled, not run": the target cannot run where it was built.
 PASSED, FAILED, NOT_RUN, MISSING = "passed", "failed", "compiled, not run", "missing"
+# Engines that are of use only together: those of drawing, and those of speaking (the talker before its decoder's).
+DRAWING_ENGINES = ("connector", "condition", "dit", "vae_encoder", "vae_decoder")
+SPEAKING_ENGINES = ("talker", "flow_encoder", "flow_estimator", "f0_predictor", "vocoder")
 _CHUNK = 1 << 20
 # The end of `manifest.json`: the digest of all that stands before it.
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')

@@ -23,9 +23,13 @@ def command(
     """
     from dataclasses import asdict
 
+    from ming_trt.bundle import Bundle
     from ming_trt.serving.assemble import assemble
+    from ming_trt.serving.graph import left_out
 
     mark = assemble(bundle, output, allow_ungated)
+    for sentence in left_out(Bundle.open(bundle).manifest.components):
+        typer.echo(sentence, err=True)
     if json:
         typer.echo(json_module.dumps({"repository": str(output), **asdict(mark)}))
         return

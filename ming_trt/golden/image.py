@@ -13,12 +13,13 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from ming_trt.bundle import DRAWING_ENGINES
 from ming_trt.golden.image_host import replay_host, unknown_groups
 from ming_trt.golden.llm_driver import Floats, LLMDriver
 from ming_trt.golden.session import NotRun, Session
 from ming_trt.processing.draw import DrawOptions
 from ming_trt.runtime.flow_match import FlowMatchSchedule, Guidance
-from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageRequest, Prompt
+from ming_trt.runtime.image import ImageEngines, ImageJob, ImageRequest, Prompt
 
 GROUPS = ("prompt", "ratio", "ref", "sched", "cond", "dit", "vae", "loop", "e2e")
 SPEECH = ("bpe", "talker", "flow", "hift", "stream")
@@ -34,7 +35,7 @@ def replay(session: Session) -> None:
     """Adds a line for every output of every picture case."""
     replay_host(session)
     unknown_groups(session, GROUPS, SPEECH)
-    for component in ENGINES:
+    for component in DRAWING_ENGINES:
         reason = session.absent(component)
         if reason is not None:
             session.not_run += [NotRun(f"{group}.", reason) for group in ("cond", "dit", "vae", "loop", "e2e")]
@@ -64,7 +65,7 @@ def _engines(session: Session) -> ImageEngines:
     from ming_trt.image_config import schedule_config, vae_config
 
     schedule, vae = schedule_config(session.config), vae_config(session.config)
-    opened = {name: session.engine(name) for name in ENGINES}
+    opened = {name: session.engine(name) for name in DRAWING_ENGINES}
     return ImageEngines(
         opened, FlowMatchSchedule(schedule.shift, schedule.train_steps), vae.factor, vae.latent_channels
     )

@@ -15,6 +15,7 @@ from weakref import finalize
 import numpy as np
 import numpy.typing as npt
 
+from ming_trt.bundle import SPEAKING_ENGINES
 from ming_trt.errors import ConfigError, InputError
 from ming_trt.processing.voice import Voice
 from ming_trt.runtime.engine import Arrays, Engine, OwnMemory, TensorSpec, zeros
@@ -182,7 +183,7 @@ class Detokenizer:
     Raises `ConfigError` if the budget has no room for a single one, where all streams are as large from the start.
     """
 
-    ENGINES = ("flow_encoder", "flow_estimator", "f0_predictor", "vocoder")
+    ENGINES = SPEAKING_ENGINES[1:]
 
     def __init__(
         self, engines: Mapping[str, Engine], facts: Mapping[str, Mapping[str, Any]], budget: int = MEMORY_BUDGET

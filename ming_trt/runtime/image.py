@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ming_trt.bundle import DRAWING_ENGINES
 from ming_trt.errors import BundleError, EngineError, InputError
 from ming_trt.processing.draw import DrawOptions
 from ming_trt.processing.image_size import FittedSize, requested_size
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ming_trt.bundle import Bundle
 
 PATCH = 2  # latent positions a side of one token of the denoiser
-ENGINES = ("connector", "condition", "dit", "vae_encoder", "vae_decoder")
 MAX_PLACED = 32  # inputs that are kept where the denoiser computes
 SEEDS = 65535  # random seeds are drawn from [0, SEEDS), as the reference does
 
@@ -100,7 +100,7 @@ class ImageEngines:
     """The engines of the picture path. Not for several threads at once."""
 
     def __init__(self, engines: Mapping[str, Engine], schedule: FlowMatchSchedule, factor: int, channels: int) -> None:
-        missing = [name for name in ENGINES if name not in engines]
+        missing = [name for name in DRAWING_ENGINES if name not in engines]
         if missing:
             raise BundleError(f"no engine '{missing[0]}': build the bundle from a checkpoint with the picture folders")
         self.engines = engines
@@ -119,7 +119,7 @@ class ImageEngines:
             name: open_engine(
                 bundle, name, threads=threads, finite=bundle.component(name).outputs, shrink_memory=shrink_memory
             )
-            for name in ENGINES
+            for name in DRAWING_ENGINES
         }
         dit, vae = bundle.component("dit").facts, bundle.component("vae_decoder").facts
         return cls(engines, schedule_of(dit), int(vae["factor"]), int(vae["channels"]))

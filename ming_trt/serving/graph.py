@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from ming_trt.bundle import DRAWING_ENGINES, SPEAKING_ENGINES
+
 ENSEMBLE = "ming"
 # A dimension that `Stage.tensors` replaces by the hidden size of the bundle's language model.
 HIDDEN = -2
-# The engines whose presence in a bundle says that it can draw, or speak.
 DRAWING, SPEAKING = "dit", "talker"
+# The engines without which a bundle cannot draw, or speak.
+_ENGINES = {DRAWING: DRAWING_ENGINES, SPEAKING: SPEAKING_ENGINES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +137,45 @@ _ADDED: Mapping[str, Mapping[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 REQUIRED_COMPONENTS = ("vision_encoder", "audio_encoder", "llm")
 
 
+def can(components: Collection[str], what: str) -> bool:
+    """Whether a bundle with those components can do `what`: `DRAWING` or `SPEAKING`."""
+    return not absent(components, what)
+
+
+def absent(components: Collection[str], what: str) -> list[str]:
+    """The engines that `what` needs and the bundle lacks."""
+    return [name for name in _ENGINES[what] if name not in components]
+
+
+def left_out(components: Collection[str]) -> list[str]:
+    """A sentence for each stage that is left out although the bundle has some of its engines."""
+    found = ((stage, absent(components, stage.component)) for stage in STAGES if stage.component in _ENGINES)
+    return [
+        f"the bundle has no {', '.join(missing)}: the stage '{stage.name}' is left out; build them too to have it"
+        for stage, missing in found
+        if missing and stage.component in components
+    ]
+
+
 def stages_for(components: Collection[str]) -> tuple[Stage, ...]:
     """The stages that a bundle with those components gets, in the order of the graph."""
-    return tuple(
-        _extended(stage, components) for stage in STAGES if not stage.component or stage.component in components
-    )
+    return tuple(_extended(stage, components) for stage in STAGES if _has(stage.component, components))
+
+
+def _has(component: str, components: Collection[str]) -> bool:
+    return can(components, component) if component in _ENGINES else not component or component in components
 
 
 def empty_tensors(model: str, components: Collection[str], hidden: int) -> dict[str, Tensor]:
     """The outputs that drawing and speaking add to `model` for a bundle with those components; `hidden` filled in."""
-    found = [tensor for name in components for tensor in _ADDED.get(name, {}).get(model, ((), ()))[1]]
+    able = [name for name in _ADDED if can(components, name)]
+    found = [tensor for name in able for tensor in _ADDED[name].get(model, ((), ()))[1]]
     return {t.name: replace(t, shape=tuple(hidden if size == HIDDEN else size for size in t.shape)) for t in found}
 
 
 def _extended(stage: Stage, components: Collection[str]) -> Stage:
     """The stage with what the components add to it. A `postprocess` that answers more than once is decoupled."""
-    added = [steps[stage.name] for name, steps in _ADDED.items() if name in components and stage.name in steps]
+    added = [steps[stage.name] for name, steps in _ADDED.items() if can(components, name) and stage.name in steps]
     return replace(
         stage,
         inputs=(*stage.inputs, *(tensor for inputs, _ in added for tensor in inputs)),

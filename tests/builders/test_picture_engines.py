@@ -8,11 +8,12 @@ import torch
 
 from builders.registry import component
 from builders.verify import SEED
+from ming_trt.bundle import DRAWING_ENGINES
 from ming_trt.image_config import schedule_config, vae_config
 from ming_trt.presets import DEFAULT_THRESHOLDS
 from ming_trt.processing.draw import DrawOptions
 from ming_trt.runtime.flow_match import FlowMatchSchedule, Guidance
-from ming_trt.runtime.image import ENGINES, ImageEngines, ImageJob, ImageRequest, Prompt
+from ming_trt.runtime.image import ImageEngines, ImageJob, ImageRequest, Prompt
 
 from ..picture import cases, config, engine, kinds, module, no_grad, query_rows
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def engines() -> ImageEngines:
     schedule, vae = schedule_config(config()), vae_config(config())
-    opened = {name: engine(name) for name in ENGINES}
+    opened = {name: engine(name) for name in DRAWING_ENGINES}
     return ImageEngines(
         opened, FlowMatchSchedule(schedule.shift, schedule.train_steps), vae.factor, vae.latent_channels
     )
@@ -97,7 +98,7 @@ def test_batch_of_two_equals_single_requests(engines: ImageEngines, prompts: dic
 def test_gate_passes() -> None:
     """The numerics gate of the build, for every picture engine."""
     limits = DEFAULT_THRESHOLDS["fp32"]
-    for name in ENGINES:
+    for name in DRAWING_ENGINES:
         feeds = component(name).sample_feeds(config(), np.random.default_rng(SEED))
         expected = no_grad(module(name), *(torch.from_numpy(value) for value in feeds.values()))
         expected = expected if isinstance(expected, tuple) else (expected,)

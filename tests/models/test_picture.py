@@ -143,9 +143,9 @@ def test_table_is_read_from_the_small_checkpoint(tmp_path_factory: pytest.TempPa
 
 def test_maps_fit_the_checkpoint() -> None:
     from builders.registry import component
-    from ming_trt.runtime.image import ENGINES
+    from ming_trt.bundle import DRAWING_ENGINES
 
-    for name in ENGINES:
+    for name in DRAWING_ENGINES:
         assert component(name).needs(config(), checkpoint()) is None
         check_sources(component(name).sources(config()), checkpoint())
 

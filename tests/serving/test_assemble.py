@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from ming_trt import bundle
+from ming_trt.bundle import DRAWING_ENGINES, SPEAKING_ENGINES
 from ming_trt.errors import BundleError, ServeError
 from ming_trt.serving.assemble import assemble, open_bundle, read_mark
 from ming_trt.serving.configs import ensemble_config, from_text
-from ming_trt.serving.graph import REQUIRED_COMPONENTS, stages_for
+from ming_trt.serving.graph import DRAWING, REQUIRED_COMPONENTS, SPEAKING, absent, left_out, stages_for
 from ming_trt.serving.preflight import check_repository
 
 from .toy_bundle import HIDDEN, write_bundle
@@ -109,7 +110,8 @@ def test_missing_component_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kinds", [("dit",), ("talker",), ("dit", "talker")])
 def test_pictures_and_speech_join_the_graph(kinds: tuple[str, ...]) -> None:
     """They add outputs on one decoupled track, and models that the graph does not run by itself."""
-    stages = stages_for((*REQUIRED_COMPONENTS, *kinds))
+    engines = {"dit": DRAWING_ENGINES, "talker": SPEAKING_ENGINES}
+    stages = stages_for((*REQUIRED_COMPONENTS, *(engine for kind in kinds for engine in engines[kind])))
     outputs = {"dit": "image", "talker": "audio"}
     config = ensemble_config(stages, HIDDEN)
     assert [t.name for t in config.output] == ["text", "state", *(outputs[kind] for kind in kinds)]
@@ -121,3 +123,15 @@ def test_pictures_and_speech_join_the_graph(kinds: tuple[str, ...]) -> None:
     }
     assert {s.name: s.decoupled for s in stages}["postprocess"] and not UNDERSTANDING[4].decoupled
     assert ("voice" in {t.name for t in config.input}) == ("talker" in kinds)
+
+
+@pytest.mark.parametrize("engines", [DRAWING_ENGINES, SPEAKING_ENGINES])
+def test_a_stage_whose_engines_are_not_all_there_is_left_out(engines: tuple[str, ...]) -> None:
+    """A server with a stage that cannot load would not start at all."""
+    what, stage = (DRAWING, "image") if DRAWING in engines else (SPEAKING, "speech")
+    for lacking in engines:
+        components = {*REQUIRED_COMPONENTS, *engines} - {lacking}
+        assert stages_for(components) == UNDERSTANDING and absent(components, what) == [lacking]
+        told = [f"the bundle has no {lacking}: the stage '{stage}' is left out; build them too to have it"]
+        assert left_out(components) == ([] if lacking == what else told)
+    assert left_out({*REQUIRED_COMPONENTS, *engines}) == []

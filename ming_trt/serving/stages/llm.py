@@ -16,7 +16,7 @@ from ming_trt.runtime.events import ErrorEvent, Event, FinishEvent, Handle, Hidd
 from ming_trt.runtime.query_rows import insert_query_rows, open_query_rows, read_only
 from ming_trt.runtime.sequence import GenerationRequest
 from ming_trt.runtime.stages import open_llm
-from ming_trt.serving.graph import DRAWING, empty_tensors
+from ming_trt.serving.graph import DRAWING, can, empty_tensors
 from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_bytes
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.stream import Stream, empty
@@ -37,7 +37,7 @@ class LLMStage(Stage):
         folder = board_folder(self.repository)
         self.board, self.presence = CancelBoard(folder), Presence(folder)
         components = self.bundle.manifest.components
-        if DRAWING in components:
+        if can(components, DRAWING):
             self.query_rows = open_query_rows(self.bundle)
         self.nothing = empty(empty_tensors(self.name, components, load_config(self.bundle.assets).llm.hidden_size))
         self.llm = open_llm(self.bundle, self.board)

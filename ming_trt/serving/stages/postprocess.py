@@ -8,7 +8,7 @@ from typing import Any
 
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.stages import open_tokenizer
-from ming_trt.serving.graph import DRAWING, SPEAKING
+from ming_trt.serving.graph import DRAWING, SPEAKING, can
 from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, inputs, json_array, read, read_json
 from ming_trt.serving.stages.presence import Presence
 from ming_trt.serving.stages.speaking import Reply, Speaker
@@ -28,7 +28,7 @@ class PostprocessStage(Stage):
 
     def load(self) -> None:
         self.tokenizer = open_tokenizer(self.bundle)
-        self.media = self.bundle.has(DRAWING) or self.bundle.has(SPEAKING)
+        self.media = any(can(self.bundle.manifest.components, what) for what in (DRAWING, SPEAKING))
         if self.media:
             folder = board_folder(self.repository)
             self.board, self.presence = CancelBoard(folder), Presence(folder)

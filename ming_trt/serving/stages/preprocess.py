@@ -12,7 +12,7 @@ from ming_trt.processing.request import Request, parse_request
 from ming_trt.processing.voice import decode_clip
 from ming_trt.runtime.cancel import CancelBoard
 from ming_trt.runtime.stages import open_processor
-from ming_trt.serving.graph import DRAWING, SPEAKING
+from ming_trt.serving.graph import DRAWING, SPEAKING, absent, can
 from ming_trt.serving.stages.base import Array, Inputs, Stage, board_folder, read_bytes, text_array
 
 
@@ -54,16 +54,19 @@ class PreprocessStage(Stage):
             prepared = picture.prompt
             if picture.reference is not None:
                 reference = picture.reference.pixels
-        if self.bundle.has(DRAWING):
+        if can(self.bundle.manifest.components, DRAWING):
             added["reference"] = reference
-        if self.bundle.has(SPEAKING):
+        if can(self.bundle.manifest.components, SPEAKING):
             added["voice_clip"] = voice_clip(parsed, read_bytes(request, "voice"))
         return {**prepared.tensors(), **added}
 
     def _refuse_absent(self, request: Request) -> None:
-        for name, wanted, component in (("draw", request.draw, DRAWING), ("speak", request.speak, SPEAKING)):
-            if wanted is not None and not self.bundle.has(component):
-                raise UnavailableError(f"this server cannot {name}, its bundle has no '{component}': build one with it")
+        for name, wanted, what in (("draw", request.draw, DRAWING), ("speak", request.speak, SPEAKING)):
+            missing = absent(self.bundle.manifest.components, what) if wanted is not None else []
+            if missing:
+                raise UnavailableError(
+                    f"this server cannot {name}, its bundle has no '{missing[0]}': build one with it"
+                )
 
 
 def voice_clip(request: Request, files: Sequence[bytes]) -> Array:
