@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fast ones first, then those that need a server, then those marked slow; the order is kept within each.
 
     Under `make test`, two processes share the work (pytest-xdist): all tests with a server stay in one of them, while
-    the other goes on to the slow ones; tests that share a folder's fixtures stay together.
+    the other goes on to the slow ones, a file at a time; other tests that share a folder's fixtures stay together.
     """
     items.sort(key=_turn)
     for item in items:
@@ -43,9 +43,9 @@ def _turn(item: pytest.Item) -> int:
 def _group(item: pytest.Item) -> str:
     if item.get_closest_marker("triton"):
         return "triton"
-    folder = item.path.parent
-    together = folder if folder != HERE and (folder / "conftest.py").exists() else item.path
-    return f"{together.relative_to(HERE).as_posix()}, turn {_turn(item)}"
+    folder, turn = item.path.parent, _turn(item)
+    shares = turn == 0 and folder != HERE and (folder / "conftest.py").exists()
+    return f"{(folder if shares else item.path).relative_to(HERE).as_posix()}, turn {turn}"
 
 
 def built_once(name: str, tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
