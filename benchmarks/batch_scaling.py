@@ -11,7 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness import READ_BYTES, Measurement, Row, Work, arguments, cores, finish, interleave, measure_ceiling, reader
+from harness import (
+    READ_BYTES,
+    Measurement,
+    Row,
+    Work,
+    arguments,
+    cores,
+    finish,
+    interleave,
+    measure_ceiling,
+    reader,
+    same_memory,
+)
 from llm_step import OurStep, head_bytes, head_engines, step_inputs
 from random_model import config, engine_file
 
@@ -88,4 +100,5 @@ def _rows(
 
 
 if __name__ == "__main__":
+    same_memory()
     main()

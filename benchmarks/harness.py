@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import sys
 import time
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from ming_trt.bench.machine import Ceiling, environment, measure_ceiling
 from ming_trt.bench.stats import Estimate, ratio_of_medians
+from ming_trt.serving.programs import TUNABLES_VARIABLE, huge_pages
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -100,12 +102,13 @@ class Row:
 
 
 def interleave(
-    candidates: Mapping[str, Work], seconds: float, repeats: int = 3, warmup: int = 2
+    candidates: Mapping[str, Work], seconds: float, repeats: int = 3, warmup: int = 2, settle: bool = True
 ) -> dict[str, Measurement]:
     """Times all candidates in turns for about `seconds` in all.
 
     In each round every candidate runs `repeats` times in a row, after one run that does not count (its weights and its
-    threads' caches come back); the order turns from round to round. At least three rounds.
+    threads' caches come back; `settle` False: without, for work of seconds); the order turns from round to round. At
+    least three rounds.
     """
     for work in candidates.values():
         for _ in range(warmup):
@@ -116,7 +119,8 @@ def interleave(
         turn = rounds % len(names)
         for name in names[turn:] + names[:turn]:
             work = candidates[name]
-            work()
+            if settle:
+                work()
             for _ in range(repeats):
                 started = time.perf_counter()
                 work()
@@ -145,6 +149,15 @@ def against(
         what, 1000 * ours.median, best.name, 1000 * best.median, ratio.value, ratio.low, ratio.high, target,
         more=more, goal=goal, spread={"ours": ours.spread, "peer": best.spread},
     )  # fmt: skip
+
+
+def same_memory() -> None:
+    """Starts the script again unless its C library asks for huge pages, as the server's processes do: it reads that
+    once. All candidates of the process get them. To be called first."""
+    now = os.environ.get(TUNABLES_VARIABLE, "")
+    if huge_pages(now) != now:
+        os.environ[TUNABLES_VARIABLE] = huge_pages(now)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def host_id() -> str:

@@ -34,6 +34,7 @@ from harness import (
     host_id,
     interleave,
     reader,
+    same_memory,
     show,
 )  # fmt: skip
 from harness import measure_ceiling as ceiling_of
@@ -295,4 +296,5 @@ def _paired(matrix: Any, width: int) -> Any:
 
 
 if __name__ == "__main__":
+    same_memory()
     main()

@@ -11,7 +11,19 @@ import gc
 from typing import Any
 
 import torch
-from harness import READ_BYTES, Row, Work, against, arguments, cores, finish, interleave, measure_ceiling, reader
+from harness import (
+    READ_BYTES,
+    Row,
+    Work,
+    against,
+    arguments,
+    cores,
+    finish,
+    interleave,
+    measure_ceiling,
+    reader,
+    same_memory,
+)
 from llm_step import OurStep, difference, head_bytes, head_engines, load_torch, step_inputs, torch_peers
 from random_model import config, engine_file
 
@@ -109,4 +121,5 @@ def head(tiny: bool, small: dict[str, OurStep], threads: int, bandwidth: float, 
 
 
 if __name__ == "__main__":
+    same_memory()
     main()

@@ -11,7 +11,7 @@ import gc
 from typing import Any
 
 import torch
-from harness import Row, against, arguments, cores, finish, interleave, measure_ceiling
+from harness import Row, against, arguments, cores, finish, interleave, measure_ceiling, same_memory
 from llm_step import OurStep, difference, load_torch, step_inputs, torch_peers
 from random_model import config, engine_file
 
@@ -63,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    same_memory()
     main()

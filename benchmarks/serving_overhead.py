@@ -13,15 +13,13 @@ checkpoint, whose token takes less than a millisecond: the worst case, of which 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Row, arguments, finish
+from harness import Row, arguments, finish, same_memory
 from mini_server import mini_bundle, server_on, wide_bundle
 
 from ming_trt.bench.metrics import InterTokenLatency, Metric, TimeToFirstToken
@@ -31,7 +29,6 @@ from ming_trt.bench.stats import RESAMPLES, ratio_of_medians
 from ming_trt.processing.request import parse_request
 from ming_trt.runtime.pipeline import Pipeline
 from ming_trt.serving.client import Client
-from ming_trt.serving.programs import TUNABLES_VARIABLE, huge_pages
 
 # The server may take 5 % longer per token, and 5 ms more to the first one.
 MOST_ITL, MOST_TTFT_MS = 1.05, 5.0
@@ -142,14 +139,6 @@ def in_process(pipeline: Pipeline, arguments: dict[str, Any]) -> Sample:
             sample.arrivals.append((time.perf_counter() - started, len(delta.token_ids)))
     sample.seconds = time.perf_counter() - started
     return sample
-
-
-def same_memory() -> None:
-    """Starts this script again unless its C library asks for huge pages as the server's does: it reads that once."""
-    now = os.environ.get(TUNABLES_VARIABLE, "")
-    if huge_pages(now) != now:
-        os.environ[TUNABLES_VARIABLE] = huge_pages(now)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def flow_and_vocoder(
         for watch in (watch for engines in watches.values() for watch in engines.values()):
             watch.seconds.clear()
         work = {name: Clocked(partial(run, decoder, voice, codes)) for name, decoder in decoders.items()}
-        times = interleave(dict(work), seconds / 2, repeats=1, warmup=0)
+        times = interleave(dict(work), seconds / 2, repeats=1, warmup=0, settle=False)
         processor = {name: float(np.median(clocked.seconds)) for name, clocked in work.items()}
         for name, kind in ((OURS, "estimator int8"), (EXACT, "float32")):
             what = f"flow + vocoder, {length:g} s {way}, {kind}"
