@@ -13,7 +13,7 @@ PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 help:
 	@echo "make demo    install, build the mini checkpoint's engines, serve them, ask one question per modality"
 	@echo "make test    the whole test suite, in two processes"
-	@echo "make bench   the benchmarks, 15 minutes at most; needs 16 GiB of free memory and 6 GB of disk"
+	@echo "make bench   the benchmarks, 15 minutes at most; needs 16 GiB of free memory and 18 GB of disk"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format and its safe fixes"
 	@echo "make clean   remove the environment and the demo's files"
