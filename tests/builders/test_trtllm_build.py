@@ -309,7 +309,7 @@ def test_a_build_killed_ten_times_gives_the_same_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_at_the_official_widths(tmp_path: Path) -> None:
-    """Two layers of 280 MiB, calibrated, exported and read back, within 840 MiB: a step that held a whole layer in
+    """Two layers of 280 MiB, calibrated, exported and read back, within 900 MiB: a step that held a whole layer in
     float32 (550 MiB) beside the 400 MiB of the process would fail. The benchmark has the official number of experts."""
     root = Path(__file__).parents[2]
     script = (
@@ -320,14 +320,14 @@ def test_memory_at_the_official_widths(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
     samples = samples_of_one_prompt(tmp_path / "samples", tmp_path / "wide")
     command = [sys.executable, "-m", "ming_trt", "build", str(tmp_path / "wide"), "-o", str(tmp_path / "bundle")]
-    command += ["--only", "llm-checkpoint", "--precision", "fp8", "--max-host-memory", "840MiB", "--tp", "2"]
+    command += ["--only", "llm-checkpoint", "--precision", "fp8", "--max-host-memory", "900MiB", "--tp", "2"]
     command += ["--calibration", str(samples)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (tmp_path / "bundle" / ".journal").read_text().splitlines()]
     peaks = {event["step"]: event["peak_bytes"] for event in events if event["event"] == "built"}
     assert set(peaks) == {"assets", "llm-calibration", "llm-checkpoint", "gate:llm-checkpoint"}
-    assert max(peaks.values()) < 840 << 20, peaks
+    assert max(peaks.values()) < 900 << 20, peaks
 
 
 def test_changed_samples_are_noticed(tmp_path: Path) -> None:

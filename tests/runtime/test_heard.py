@@ -19,7 +19,7 @@ def test_the_board_keeps_what_was_heard(tmp_path: Path) -> None:
     board.hear("a", 2.5)
     assert board.heard("a") == 2.5 and board.heard("b") == 7000.5
     assert board.sweep() == 0 and not board.is_cancelled("a")
-    assert sum(file.stat().st_blocks for file in tmp_path.iterdir()) == 0, "the files have a size and no content"
+    assert all(note.is_symlink() for note in tmp_path.iterdir()), "a note is a link, made by one call"
     board.forget("a")
     assert board.heard("a") == 0
 
